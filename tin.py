@@ -1,0 +1,199 @@
+"""TIN, the Temporal Interlacing Network: a 2D ResNet in which a quarter of the channels slides along time, by a
+distance computed from the clip itself. The team's own network, and the best image-based one of their report.
+
+Report: arXiv 2003.05837, Table 1. Paper: Shao, Qian and Liu, "Temporal Interlacing Network", arXiv 2001.06499.
+
+    what four frames a b c d of one channel become under an offset (what leaves is lost, what nothing reaches is 0):
+
+    frame         0          1          2          3
+    offset  0     a          b          c          d
+    offset +1     0          a          b          c          content moves later
+    offset -1     b          c          d          0          content moves earlier
+    offset +1/2   a/2        (a+b)/2    (b+c)/2    (c+d)/2    every distance in between: so it can be learned
+
+Before the first convolution of every residual block (the shortcut keeps the frames where they are), the first C/4
+channels move in G = 4 groups, by o0, o1, -o0, -o1; then every frame of a group is scaled by a weight.
+
+B clips, T frames, C channels, H height, W width, K classes, G groups, f = C/4 moved channels, D features per frame.
+"""
+import re
+
+import torch
+import torch.nn as nn
+import torchvision
+
+REPORT = dict(
+    frames=8,  # T; report: 8 or 16
+    sampling="segments", stride=1,  # a frame from each of T equal parts; report: "evenly select" (stride is for "clip")
+    depth=50,  # ResNet-50 or 101; report, Table 1
+    dropout=0.5,  # before the classifier; report
+    augment="multiscale",  # report: "spatial jittering", TSN's crops of 1, .875, .75 and .66 of the short side
+    crop=224, jitter=(256, 320),  # pixels, the side of a training clip; report (jitter is for augment "jitter")
+    flip=True,  # half of the training clips are mirrored; report
+    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),  # RGB in 0..1; our choice: ImageNet's, as the weights' are
+    loss="bce", loss_scale=160.0,  # mean binary cross-entropy, times 160; report: "a huge performance gain"
+    class_weight="none",  # none, sqrt or ratio; report: the other two gained slightly and were not used
+    batch=64, reference_batch=64,  # clips a step, and those lr is meant for; our choice: TSM's authors, for lr 0.01
+    lr=0.01,  # at reference_batch, otherwise in proportion; report
+    schedule="step",  # lr / 10 at each milestone; report: "divided by 10, 20 epochs"
+    milestones=(10, 20), epochs=30,  # our choice: our reading of that sentence, and a third part as long as the others
+    warmup=0,  # steps at reference_batch; our choice: clip_grad already tames the first steps
+    momentum=0.9,  # report
+    nesterov=False,  # our choice: the report names momentum alone
+    weight_decay=5e-4,  # on every parameter; report
+    clip_grad=20.0,  # largest norm of the gradient, 0: off; our choice: the authors' code, the report is silent
+    sync_bn=False,  # batch norm over all GPUs; our choice: the report has it for SlowFast alone
+    init="imagenet",  # torchvision's weights; our choice: the report starts from Kinetics-600, for which --init FILE is
+    test_resize=256, test_crop=224,  # pixels, short side and centre crop of the one view; report: 224, peers: 256
+    clips=5, crops=3, scales=(256,),  # the fuller protocols: per video, per clip, sides in pixels; report
+    published_map=62.23,  # percent, validation, one view; report, Table 1
+)
+RECIPES = {
+    "r50_8f": REPORT,
+    "r101_8f": {**REPORT, "depth": 101, "published_map": 62.2},  # the authors' model zoo, which gives one decimal
+    "r101_16f": {**REPORT, "depth": 101, "frames": 16, "published_map": 62.49},  # their model zoo says ResNet-50
+    "toy": {
+        **REPORT,
+        "depth": 18, "crop": 32, "test_resize": 36, "test_crop": 32, "scales": (36,),  # 40x36 pixels are 426x320 here
+        "flip": False,  # a mirrored video moves the other way: the flip would swap two labels
+        "loss_scale": 10 / 1.7,  # classes / labels per video: what 160 is to 313 classes with 1.96 labels
+        "batch": 16, "reference_batch": 16, "lr": 0.03, "schedule": "cosine", "epochs": 6,  # minutes on a laptop
+        "init": "none", "published_map": None,  # motion can be learned from nothing, and no download is needed
+    },
+}
+
+
+def temporal_interlace(x, offsets, weights=None):
+    """Move the channels of x along time, each of G equal groups by an offset of its own; fractions interpolate.
+
+    y[b, t] = sum over s of max(0, 1 - |t - s - offset|) * x[b, s], times weights[b, g, t]: paper, section 3.
+    x (B, T, C, H, W); offsets (B, G) in frames, positive moves content later; weights (B, G, T). Returns x's shape.
+
+    One T x T matrix per group: under 0.6 % of ResNet-50's multiplications, and no kernel of its own, since the gradient
+    of a product is known, to the offsets too (0 where an offset is exactly whole, a kink).
+    """
+    offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))  # bfloat16: steps of 1/128 frame near 1
+    frame = torch.arange(x.shape[1], device=x.device, dtype=offsets.dtype)
+    distance = frame[:, None] - frame - offsets[:, :, None, None]  # (B, G, T, T): [t, s] is t - s - offset
+    matrix = torch.relu(1 - distance.abs())  # not torch.maximum, whose gradient at 0 is one half
+    if weights is not None:
+        matrix = matrix * weights[..., None]  # a row is the frame that values arrive at
+    groups = x.unflatten(2, (offsets.shape[1], -1))  # (B, T, G, C/G, H, W)
+    return torch.einsum("bgts,bsgchw->btgchw", matrix.to(x.dtype), groups).flatten(2, 3)
+
+
+class TemporalInterlace(nn.Module):
+    """Interlaces a quarter of the channels by two offsets, their mirror images and weights per frame, all computed from
+    that quarter's spatial means. x (B, T, C, H, W) -> the same shape. Paper, section 3."""
+
+    def __init__(self, channels, frames):
+        super().__init__()
+        self.moved = channels // 4
+        self.offset_conv = nn.Conv1d(self.moved, 1, kernel_size=3, padding=1)
+        self.offset_fc1 = nn.Linear(frames, frames)  # over time: this is what ties the weights to T
+        self.offset_fc2 = nn.Linear(frames, 2)
+        self.weight_conv = nn.Conv1d(self.moved, 2, kernel_size=3, padding=1)
+        nn.init.constant_(self.offset_fc2.bias, 0.5108)  # 4 * (sigmoid(0.5108) - 1/2) = 0.5: half a frame at the start
+        nn.init.zeros_(self.weight_conv.bias)  # weights start near 1
+
+    def forward(self, x):
+        moved, kept = x.split([self.moved, x.shape[2] - self.moved], dim=2)
+        with torch.autocast(x.device.type, enabled=False):  # distances in the parameters' own float32
+            means = moved.mean(dim=(3, 4), dtype=self.weight_conv.weight.dtype).transpose(1, 2)  # (B, f, T)
+            hidden = torch.relu(self.offset_fc1(self.offset_conv(means).squeeze(1)))  # (B, T)
+            # -2 to 2 frames for every T: the paper writes T for the 4, all released weights were trained with 4.
+            offsets = 4 * (torch.sigmoid(self.offset_fc2(hidden)) - 0.5)  # (B, 2)
+            weights = 2 * torch.sigmoid(self.weight_conv(means))  # (B, 2, T)
+        offsets = torch.cat([offsets, -offsets], dim=1)  # (B, G): o0 o1 -o0 -o1, but weights w0 w1 w0 w1
+        return torch.cat([temporal_interlace(moved, offsets, torch.cat([weights, weights], dim=1)), kept], dim=2)
+
+
+def residual(block, x, moved):
+    """torchvision's residual block with `moved` in place of x on its main path; the shortcut still gets x."""
+    y = block.bn2(block.conv2(block.relu(block.bn1(block.conv1(moved)))))
+    if hasattr(block, "conv3"):  # a bottleneck, of ResNet-50 and deeper
+        y = block.bn3(block.conv3(block.relu(y)))
+    return block.relu(y + (x if block.downsample is None else block.downsample(x)))
+
+
+class TIN(nn.Module):
+    """clip (B, T, 3, H, W), normalised -> logits (B, K). depth: 18, 50 or 101. A ValueError for a clip of another T."""
+
+    def __init__(self, num_classes, frames=8, depth=50, dropout=0.5):
+        super().__init__()
+        self.frames = frames
+        self.backbone = torchvision.models.get_model(f"resnet{depth}", weights=None)
+        self.fc = nn.Linear(self.backbone.fc.in_features, num_classes)
+        nn.init.normal_(self.fc.weight, std=0.001)
+        nn.init.zeros_(self.fc.bias)
+        self.backbone.fc = nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.interlace = nn.ModuleDict({
+            stage: nn.ModuleList(TemporalInterlace(block.conv1.in_channels, frames) for block in blocks)
+            for stage, blocks in self.backbone.named_children() if stage.startswith("layer")
+        })
+
+    def features(self, clip):
+        """clip (B, T, 3, H, W) -> what the classifier sees of each frame, (B, T, D)."""
+        if clip.shape[1] != self.frames:
+            raise ValueError(f"this TIN takes clips of {self.frames} frames, got {clip.shape[1]}")
+        net = self.backbone
+        x = clip.flatten(0, 1)  # (B*T, 3, H, W): to the 2D network a frame is an image
+        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+        for stage, interlaces in self.interlace.items():
+            for block, interlace in zip(getattr(net, stage), interlaces):
+                moved = interlace(x.unflatten(0, (-1, self.frames))).flatten(0, 1)
+                x = residual(block, x, moved)  # (B*T, C, H, W)
+        return net.avgpool(x).flatten(1).unflatten(0, (-1, self.frames))  # (B, T, D)
+
+    def forward(self, clip):
+        return self.fc(self.dropout(self.features(clip))).mean(dim=1)  # (B, T, K) -> (B, K): logits are averaged
+
+
+def build(recipe, num_classes):
+    """The network of a row of RECIPES."""
+    return TIN(num_classes, recipe["frames"], recipe["depth"], recipe["dropout"])
+
+
+# Other people's keys -> ours: stem, blocks, offset and weight nets, classifier. Whole keys: taking out every ".net"
+# would turn conv1.net2, a block's first convolution, into conv12. (.conv. and .bn. are mmaction2's.)
+BACKBONE = r"(?:module\.)?(?:(?:base_model|backbone)\.)?"
+BLOCK = BACKBONE + r"(layer[1-4]\.\d+)\."
+NET = BLOCK + r"conv1\.(?:conv\.)?net1\."
+NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
+KEYS = [
+    (BACKBONE + r"conv1\.(?:conv\.)?weight", r"backbone.conv1.weight"),
+    (BACKBONE + r"(?:bn1|conv1\.bn)\." + NORM, r"backbone.bn1.\1"),
+    (BLOCK + r"conv1\.(?:conv\.)?(?:net2?\.)?weight", r"backbone.\1.conv1.weight"),  # net2: TIN's, net: TSM's
+    (BLOCK + r"conv([23])\.(?:conv\.)?weight", r"backbone.\1.conv\2.weight"),
+    (BLOCK + r"(?:bn([123])|conv([123])\.bn)\." + NORM, r"backbone.\1.bn\2\3.\4"),
+    (BLOCK + r"downsample\.(?:0|conv)\.weight", r"backbone.\1.downsample.0.weight"),
+    (BLOCK + r"downsample\.(?:1|bn)\." + NORM, r"backbone.\1.downsample.1.\2"),
+    (NET + r"(?:biasnet\.net|offset_net)\.conv\.(weight|bias)", r"interlace.\1.offset_conv.\2"),
+    (NET + r"(?:biasnet\.net\.fc|offset_net\.fc1)\.(weight|bias)", r"interlace.\1.offset_fc1.\2"),
+    (NET + r"(?:biasnet\.net\.lastlayer|offset_net\.fc2)\.(weight|bias)", r"interlace.\1.offset_fc2.\2"),
+    (NET + r"(?:weightnet\.net\.lastlayer|weight_net\.conv)\.(weight|bias)", r"interlace.\1.weight_conv.\2"),
+    (r"(interlace\..+)", r"\1"),
+    (r"(?:module\.)?(?:fc|new_fc|base_model\.fc|cls_head\.fc_cls)\.(weight|bias)", r"fc.\1"),
+]
+
+
+def convert(checkpoint):
+    """What was read from a checkpoint file -> a state dict in our names.
+
+    Complete, for a strict load: ours, and the TIN files of X-Temporal, deepcs233/TIN and mmaction2. A start without the
+    offset and weight nets: TSN and TSM files of X-Temporal, tsn-pytorch, temporal-shift-module, mmaction2. A start
+    without a classifier too: torchvision's ImageNet ResNets. ValueError for any other layout, with its first keys.
+    """
+    tensors = next((checkpoint[k] for k in ("state_dict", "model") if isinstance(checkpoint.get(k), dict)), checkpoint)
+    if "conv1.weight" in tensors:  # torchvision's own file: its 1,000 classes are not ours
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("fc.")}
+    ours = {key: next((m.expand(name) for pattern, name in KEYS if (m := re.fullmatch(pattern, key))), None)
+            for key in tensors}
+    unknown = [key for key, name in ours.items() if name is None]
+    if unknown or not ours:
+        raise ValueError(f"tin.py has no place for {len(unknown)} of {len(ours)} keys: {', '.join(unknown[:3])} ...")
+    state = {ours[key]: tensor for key, tensor in tensors.items()}
+    for key in [key for key in state if key.endswith("running_var")]:  # PyTorch before 0.4.1 did not count batches
+        state.setdefault(key.replace("running_var", "num_batches_tracked"), torch.tensor(0))
+    return state
