@@ -1,0 +1,268 @@
+"""The contract that all model files keep: recipes, sizes, training, evaluation, export, and that a file works alone.
+
+    python -m pytest tests/test_models.py
+"""
+import ast
+import importlib
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from conftest import ROOT, drawn_clip, drawn_tensors
+
+NAMES = ("tsn", "trn", "tsm", "tin", "slowfast")
+KEYS = """frames stride sampling augment crop jitter flip mean std dropout loss loss_scale class_weight batch
+    reference_batch lr schedule milestones warmup momentum nesterov weight_decay clip_grad sync_bn init test_resize
+    test_crop clips crops scales published_map""".split()
+CONSTRUCTORS = {
+    "tsn": ("TSN", dict(segments=5, backbone="resnet101", dropout=0.5)),
+    "trn": ("TRN", dict(segments=8, backbone="resnet50", multiscale=True, dropout=0.5)),
+    "tsm": ("TSM", dict(frames=8, depth=50, dropout=0.5, shift_every=None)),
+    "tin": ("TIN", dict(frames=8, depth=50, dropout=0.5)),
+    "slowfast": ("SlowFast", dict(variant="slowfast_8x8", depth=101, dropout=0.5, fusion_kernel=5, fusion_norm=False,
+                                  fc_bias=False, slow_index="stride", alpha=None)),
+}
+IMAGE = dict(dropout=0.5, crop=224, flip=True, loss="bce", loss_scale=160, batch=64, reference_batch=64, lr=0.01,
+             schedule="step", milestones=(10, 20), epochs=30, momentum=0.9, nesterov=False, weight_decay=5e-4,
+             clip_grad=20, sync_bn=False, init="imagenet")
+VIDEO = dict(dropout=0.5, crop=112, flip=True, loss="bce", loss_scale=160, batch=1024, reference_batch=1024, lr=0.2,
+             schedule="cosine", iterations=180_000, warmup=8000, momentum=0.9, nesterov=False, weight_decay=1e-4,
+             clip_grad=0, sync_bn=True, init="none", jitter=(128, 160))
+SIZES = {  # 313 classes: what tells a row's network -> parameters, 10^9 multiply-adds a clip of the recipe's crop
+    "tsn": {("resnet101", 5): ("43141497", "39.0"), ("inception_resnet_v2", 5): ("54787545", "32.3"),
+            ("senet154", 5): ("113681321", "103.4")},
+    "trn": {("resnet50", 8, True): ("26891215", "32.8")},  # 32.7 of the backbone and nearly 0.1 of the relations
+    "tsm": {(50, 8): ("24149369", "32.70"), (50, 16): ("24149369", "65.40"),
+            (101, 8): ("43141497", "62.40"), (101, 16): ("43141497", "124.80")},
+    "tin": {(50, 8): ("24180377", "32.70"), (50, 16): ("24183833", "65.40"),
+            (101, 8): ("43213254", "62.40"), (101, 16): ("43220382", "124.80")},
+    "slowfast": {("slowfast_8x8", 101): ("62.63 M", "24.71"), ("slowfast_11x8", 101): ("62.63 M", "33.97"),
+                 ("fast_32x2", 101): ("60.75 M", "97.38"), ("fast_16x2", 101): ("60.75 M", "48.69"),
+                 ("slow_8x8", 101): ("60.18 M", "21.91"), ("slow_8x4", 101): ("60.18 M", "21.91")},
+}
+TOLD_BY = {"tsn": ("backbone", "frames"), "trn": ("backbone", "frames", "multiscale"), "tsm": ("depth", "frames"),
+           "tin": ("depth", "frames"), "slowfast": ("variant", "depth")}
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def module(request):
+    """One of the five model files; a test of it waits until it is there."""
+    if not (ROOT / f"{request.param}.py").exists():
+        pytest.skip(f"{request.param}.py is not there yet")
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(module):
+    """The toy's network in evaluation, every tensor drawn, so that no branch starts at zero and hides."""
+    model = module.build(module.RECIPES["toy"], 10)
+    model.load_state_dict(drawn_tensors({key: tuple(t.shape) for key, t in model.state_dict().items()}, seed=0))
+    return model.eval()
+
+
+def toy_clip(module, videos, seed=0):
+    recipe = module.RECIPES["toy"]
+    return drawn_clip((videos, recipe["frames"], 3, recipe["crop"], recipe["crop"]), seed)
+
+
+def close(ours, expected, tolerance):
+    """Within `tolerance` of the largest logit."""
+    torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+# What the file says.
+
+
+def test_every_row_has_every_key_and_plain_values(module):
+    for name, row in module.RECIPES.items():
+        assert set(KEYS) <= set(row), name
+        assert ("epochs" in row) != ("iterations" in row), name  # one of them says how long
+        for key, value in row.items():
+            parts = value if type(value) is tuple else [value]
+            assert all(part is None or type(part) in (bool, int, float, str) for part in parts), (name, key)
+        assert row["sampling"] in ("segments", "clip") and row["augment"] in ("multiscale", "jitter")
+        assert row["schedule"] in ("step", "cosine")
+
+
+def test_first_row_is_the_reports(module):
+    name, row = next(iter(module.RECIPES.items()))
+    assert name != "toy"
+    expected = VIDEO if module.__name__ == "slowfast" else IMAGE
+    assert {key: row[key] for key in expected} == expected
+
+
+def test_every_key_has_its_source_on_its_line(module):
+    recipes = re.split(r"\n(?:def|class) ", Path(module.__file__).read_text())[0]
+    lines = [line.partition("  # ") for line in recipes.splitlines()]
+
+    def comments(key, lines):
+        return [comment for code, _, comment in lines if re.search(rf'\b{key}=|"{key}":', code)]
+
+    for key in next(iter(module.RECIPES.values())):
+        assert re.search("report|our choice: ", comments(key, lines)[0]), f"{key} has no source"
+    toy = next(i for i, (code, _, _) in enumerate(lines) if '"toy"' in code)
+    for key in set(module.RECIPES["toy"]) - {"published_map"}:  # nobody has published what the toy gives
+        assert all(comments(key, lines[toy:])), f"the toy's {key} has no reason"
+
+
+def test_constructor(module):
+    name, options = CONSTRUCTORS[module.__name__]
+    required, *others = inspect.signature(getattr(module, name)).parameters.values()
+    assert required.name == "num_classes" and required.default is inspect.Parameter.empty
+    assert {parameter.name: parameter.default for parameter in others} == options
+
+
+def test_every_row_builds_and_has_the_published_size(module):
+    for name, row in module.RECIPES.items():
+        macs = []
+
+        def count(part, inputs, output):
+            macs.append(output.numel() * part.weight[0].numel())
+
+        with FakeTensorMode(), torch.no_grad():  # shapes without arithmetic
+            model = module.build(row, 313).eval()
+            for part in model.modules():
+                if isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+                    part.register_forward_hook(count)
+            assert model(torch.empty(1, row["frames"], 3, row["crop"], row["crop"])).shape == (1, 313)
+        if name == "toy":
+            continue
+        told = tuple(row[key] for key in TOLD_BY[module.__name__])
+        parameters, gmac = SIZES[module.__name__][told]
+        total = sum(p.numel() for p in model.parameters())
+        assert (f"{total / 1e6:.2f} M" if parameters.endswith("M") else str(total)) == parameters, name
+        assert f"{sum(macs) / 1e9:.{len(gmac.split('.')[1])}f}" == gmac, name
+
+
+# What the network does, as the toy's recipe has it.
+
+
+def test_every_parameter_gets_a_gradient(module):
+    torch.manual_seed(0)
+    model = module.build(module.RECIPES["toy"], 10).train()
+    model(toy_clip(module, 2)).square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_dropout_acts_in_training_only(module):
+    torch.manual_seed(0)
+    model = module.build({**module.RECIPES["toy"], "dropout": 0.25}, 10)
+    (dropout,) = (part for part in model.modules() if isinstance(part, nn.Dropout))
+    seen = []
+    dropout.register_forward_hook(lambda part, inputs, output: seen.append((inputs[0], output)))
+    with torch.no_grad():
+        model.train()(toy_clip(module, 2))
+        model.eval()(toy_clip(module, 2))
+    (before, after), (x, y) = seen
+    there, kept = before != 0, after != 0
+    assert 0.7 < kept[there].float().mean() < 0.8
+    torch.testing.assert_close(after[kept], before[kept] / 0.75)
+    assert torch.equal(x, y)
+
+
+@torch.no_grad()
+def test_evaluation_is_deterministic(module, model):
+    clip, answers = toy_clip(module, 2), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        answers.append(model(clip))
+    assert torch.equal(*answers)
+
+
+@torch.no_grad()
+def test_two_videos_are_two_times_one(module, model):
+    clip = toy_clip(module, 2)
+    close(torch.cat([model(clip[:1]), model(clip[1:])]), model(clip), 1e-5)
+
+
+@torch.no_grad()
+def test_frame_order(module, model):
+    clip = toy_clip(module, 2)
+    forwards, backwards = model(clip), model(clip.flip(1))
+    if module.__name__ == "tsn":
+        close(backwards, forwards, 1e-5)
+    else:
+        assert (backwards - forwards).abs().max() > 0.01 * forwards.abs().max()
+
+
+def test_a_clip_of_another_length_is_refused(module, model):
+    frames = module.RECIPES["toy"]["frames"]
+    stated = 4 if module.__name__ == "slowfast" else frames  # 4 fast frames per slow one
+    with pytest.raises(ValueError) as error:
+        model(torch.zeros(1, frames + 1, 3, 32, 32))
+    assert {str(stated), str(frames + 1)} <= set(re.findall(r"\d+", str(error.value)))
+
+
+@torch.no_grad()
+def test_bfloat16_autocast(module, model):
+    clip = toy_clip(module, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(clip).float()
+    # A layer rounds by up to 2**-9 of a value: 20 of them, a random walk, come to 1 %, and chance may double it. Where
+    # order matters, the clip played backwards moves the logits by more.
+    close(logits, model(clip), 0.02)
+
+
+@torch.no_grad()
+def test_export_with_a_dynamic_batch(module, model):
+    exported = torch.export.export(model, (toy_clip(module, 2),), dynamic_shapes=({0: torch.export.Dim("videos")},))
+    clip = toy_clip(module, 3, seed=1)
+    close(exported.module()(clip), model(clip), 1e-5)
+
+
+@torch.no_grad()
+def test_compile(module, model):
+    clip = toy_clip(module, 2)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # needs no compiler on the machine
+    close(compiled(clip), model(clip), 1e-5)
+
+
+def test_our_own_checkpoint_comes_back_bit_for_bit(module, model):
+    state = model.state_dict()
+    checkpoint = {"model": state, "optimizer": {"state": {}, "param_groups": []}, "scaler": None, "epoch": 3,
+                  "iteration": 225, "best_map": 0.5, "class_counts": [1] * 10,
+                  "config": {"model": module.__name__, "categories": ["a"] * 10, **module.RECIPES["toy"]}}
+    other = module.build(module.RECIPES["toy"], 10)
+    other.load_state_dict(module.convert(checkpoint))
+    assert all(torch.equal(tensor, state[key]) for key, tensor in other.state_dict().items())
+
+
+# The file alone.
+
+
+def test_imports_pytorch_and_the_standard_library_only(module):
+    tree = ast.parse(Path(module.__file__).read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in imported} <= {"torch", "torchvision", *sys.stdlib_module_names}
+
+
+ALONE = """
+import socket, sys
+def refuse(*args, **kwargs):
+    raise OSError("this test has no network")
+socket.getaddrinfo = socket.socket.connect = refuse
+import {name} as module
+import torch
+torch.set_num_threads(1)
+recipe = module.RECIPES["toy"]
+print(*module.build(recipe, 10).eval()(torch.zeros(1, recipe["frames"], 3, 32, 32)).shape)
+"""
+
+
+def test_copied_alone_it_runs_and_prints_nothing_of_its_own(module, tmp_path):
+    shutil.copy(module.__file__, tmp_path)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env.update(HOME=str(tmp_path), TORCH_HOME=str(tmp_path))  # weights that were fetched before are out of reach
+    run = subprocess.run([sys.executable, "-c", ALONE.format(name=module.__name__)], cwd=tmp_path, env=env,
+                         capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "1 10\n", "")

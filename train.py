@@ -1,0 +1,459 @@
+"""The training loop, its losses and its checkpoint.
+
+    torchrun train.py --model tin                                              the toy, on a laptop, in minutes
+    torchrun --nproc-per-node 8 train.py --model tin --data DATA               one machine, the report's recipe
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py --model slowfast ...
+    torchrun train.py --model tin --recipe r101_8f --lr 0.02 --print-recipe    every recipe value is a flag
+
+OUT (runs/MODEL) gets last.pt, from which --resume goes on as if nothing had happened; best.pt, the best on validation;
+and log.jsonl. A run is a function of its seed: a step's randomness is that of (seed, step, rank), a clip's that of (seed,
+epoch, row), an epoch's order that of (seed, epoch), so that no generator's state has to be kept.
+
+B clips, K classes; a step is one update of the weights, from `batch` clips over all processes.
+"""
+import argparse
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+
+import data
+import evaluate
+
+
+def scaled_bce(logits, labels, scale=160.0, weight=None):
+    """Binary cross-entropy, mean over videos and classes, times `scale`. logits, labels (B, K), weight (K,).
+
+    Report: simply scaling it by 160 gave "a huge performance gain", scaling the learning rate instead did not: weight
+    decay then weighs 160 times more. 160 of 313 classes, with 1.96 labels a video, is the loss summed per label."""
+    logits = at_least_float32(logits)
+    weight = None if weight is None else weight.to(logits)
+    return scale * F.binary_cross_entropy_with_logits(logits, labels.to(logits), weight=weight)
+
+
+def lsep(logits, labels):
+    """Log-sum-exp pairwise loss, log(1 + sum over negatives v, positives u of exp(f_v - f_u)), mean over rows (B, K).
+
+    The double sum is a product, so this is exact in O(K). 0 for rows without positives or negatives. Li, Song and Luo
+    2017; report: tried, not used."""
+    logits, positive = at_least_float32(logits), labels.bool()
+    ranked = positive.any(1) & ~positive.all(1)  # other rows stay unmasked, so that no infinity meets another
+    lowest = torch.finfo(logits.dtype).min
+    negatives = logits.masked_fill(positive & ranked[:, None], lowest).logsumexp(1)
+    positives = (-logits).masked_fill(~positive & ranked[:, None], lowest).logsumexp(1)
+    hinge = torch.where(ranked, negatives + positives, 0)
+    return (torch.logaddexp(hinge, torch.zeros_like(hinge)) * ranked).mean()
+
+
+def warp(logits, labels, sampled=False, generator=None):
+    """Weighted approximate-rank pairwise loss, mean over rows (B, K). Per positive u with V violators of its margin, the
+    negatives v with 1 - f_u + f_v > 0: (1 + 1/2 + ... + 1/V) x the violators' mean of 1 - f_u + f_v.
+
+    sampled: the papers' estimate, which draws negatives until one violates, s times, and takes floor((K - 1) / s) for V;
+    s is geometric, so nothing has to be drawn in a loop. Weston, Bengio and Usunier 2011; report: tried, not used."""
+    logits, positive = at_least_float32(logits), labels.bool()
+    rows, columns = positive.nonzero(as_tuple=True)
+    margin = 1 - logits[rows, columns][:, None] + logits[rows]  # (positives of the batch, K)
+    violates = (margin > 0) & ~positive[rows]
+    count, classes = violates.sum(1), logits.shape[1]
+    weight = torch.cat([logits.new_zeros(1), (1 / torch.arange(1, classes + 1).to(logits)).cumsum(0)])  # 0, 1, 1 + 1/2 ...
+    if not sampled:
+        return (weight[count] * (margin * violates).sum(1) / count.clamp(min=1)).sum() / len(logits)
+    chance = count / (~positive[rows]).sum(1).clamp(min=1)
+    uniform = torch.rand(len(rows), generator=generator, dtype=torch.float64).to(logits.device)
+    draws = (uniform.log() / torch.log1p(-chance.double())).ceil().clamp(1, classes)
+    one = torch.multinomial((violates | (count == 0)[:, None]).double(), 1, generator=generator)
+    found = (count > 0) & (draws <= classes - 1)
+    weight = weight[((classes - 1) // draws).long()] * found
+    return (weight * margin.gather(1, one).squeeze(1)).sum() / len(logits)
+
+
+def at_least_float32(x):
+    """Half precision as float32; float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def make_criterion(recipe, counts):
+    """The recipe's loss, (logits, labels) -> scalar. counts: training videos per class, for class_weight."""
+    scale, kind = recipe["loss_scale"], recipe["loss"]
+    if kind == "bce":  # report: weights (N_i / mean N) ** 1 or 0.5; gained slightly, not used
+        power = {"none": 0.0, "sqrt": 0.5, "ratio": 1.0}[recipe["class_weight"]]
+        weight = torch.tensor((counts / counts.mean()) ** power, dtype=torch.float32) if power else None
+        return functools.partial(scaled_bce, scale=scale, weight=weight)
+    if kind == "ce":  # single-label lists, such as Kinetics'
+        return lambda logits, labels: scale * F.cross_entropy(at_least_float32(logits), labels.argmax(1))
+    loss = {"lsep": lsep, "warp": functools.partial(warp, sampled=False)}[kind]
+    return lambda logits, labels: scale * loss(logits, labels)
+
+
+def learning_rate(iteration, total, recipe):
+    """The rate of step `iteration` of `total`, from 0; a pure function, so that resuming needs no scheduler.
+
+    Steps at the milestones, or half a cosine counted from step 0; before `warmup`, a line from a tenth of the base up to
+    the curve's own value there. The base is the recipe's lr, in proportion to the batch. Report; SlowFast, section 4.1."""
+    base = recipe["lr"] * recipe["batch"] / recipe["reference_batch"]
+    warmup = recipe["warmup"] * recipe["reference_batch"] / recipe["batch"]
+    if iteration < warmup:
+        start, end = 0.1 * base, learning_rate(warmup, total, recipe)
+        return start + (end - start) * iteration / warmup
+    if recipe["schedule"] == "cosine":
+        return base * 0.5 * (1 + math.cos(math.pi * iteration / total))
+    return base * 0.1 ** sum(iteration * recipe["epochs"] >= milestone * total for milestone in recipe["milestones"])
+
+
+def batches(videos, batch, seed, start, total, rank, world, accumulate):
+    """For each step from `start`: `accumulate` lists of dataset indices, this process's parts of that step's batch.
+
+    An epoch is a permutation that depends on (seed, epoch) alone; what does not fill a batch waits for another epoch."""
+    steps = videos // batch
+    for iteration in range(start, total):
+        epoch, step = divmod(iteration, steps)
+        if step == 0 or iteration == start:
+            order = np.random.default_rng([seed, epoch]).permutation(videos)
+        share = order[step * batch : (step + 1) * batch][rank::world]
+        for part in range(accumulate):
+            yield [int(row) + epoch * videos for row in share[part::accumulate]]
+
+
+def order_blind_ceiling(videos):
+    """The best sample_map, a fraction, that a model can reach which cannot tell a video from its reversal; None where
+    some video's reversal (path + "_reversed") is not in the list. Exact: for each pair every order of labels is tried."""
+    labels = {video.path: video.labels for video in videos}
+    pairs = [(own, labels.get(f"{path}_reversed")) for path, own in labels.items() if not path.endswith("_reversed")]
+    if 2 * len(pairs) != len(labels) or None in [backwards for _, backwards in pairs]:
+        return None
+    best = []
+    for pair in pairs:
+        union = sorted({*pair[0], *pair[1]})
+        orders = np.array(list(itertools.permutations(range(len(union)))))  # all ways to score the labels of both
+        ap = [evaluate.average_precision(orders, np.tile(np.isin(union, own), (len(orders), 1))) for own in pair]
+        best.append(np.mean(ap, axis=0).max())
+    return float(np.mean(best))
+
+
+def save(path, checkpoint):
+    """Write a checkpoint whole or not at all: a full disk or a kill leaves the previous one."""
+    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    try:
+        torch.save(checkpoint, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise OSError(f"{path}: could not be written ({str(error).splitlines()[0]}); the one before is whole") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def start_from(module, model, recipe):
+    """Load the weights that the recipe's init names into the model; a sentence on what was read and what was not.
+
+    A part that the file lacks as a whole, or whose shape depends on the number of classes or frames, keeps its initial
+    values. ValueError where the backbone, or part of another part, would: that network would train from nothing."""
+    init = recipe["init"]
+    if init == "none":
+        return "init none: every tensor has its initial value"
+    if init == "imagenet":
+        backbone = recipe.get("backbone") or f"resnet{recipe['depth']}"
+        try:
+            weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
+        except ValueError:
+            raise ValueError(f"--init imagenet: torchvision has no {backbone}; name a file, or none") from None
+        try:
+            checkpoint = weights.get_state_dict(progress=False)
+        except OSError as error:
+            place = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+            raise OSError(f"--init imagenet: cannot download {weights.url} ({error}); put the file at {place}, or pass "
+                          "--init none") from None
+    else:
+        checkpoint = evaluate.read_checkpoint(init)
+    theirs, ours = evaluate.convert(module, checkpoint, init), model.state_dict()
+    fitting = {key for key in ours if key in theirs and ours[key].shape == theirs[key].shape}
+    parts = {key.split(".")[0] for key in fitting}
+    kept = {}
+    for key in sorted({*ours, *theirs} - fitting):
+        shapes = [str(tuple(state[key].shape)) if key in state else "absent" for state in (theirs, ours)]
+        part, reason = key.split(".")[0], f"{shapes[0]} in the file, {shapes[1]} here"
+        if part == "backbone" or key not in ours or (key not in theirs and part in parts):
+            raise ValueError(f"--init {init}: {key} is {reason}; the file is of another network or size")
+        kept.setdefault(part if key not in theirs else key, []).append(reason if key in theirs else "not in the file")
+    model.load_state_dict({key: theirs[key] for key in fitting}, strict=False)
+    return f"init {init}: {len(fitting)} of {len(ours)} tensors read" + "".join(
+        f"\n  keeps its initial value: {name} ({reasons[0]}{f', {len(reasons)} tensors' if len(reasons) > 1 else ''})"
+        for name, reasons in kept.items())
+
+
+def parse_arguments():
+    """(args, model file, recipe) from the command line: the row of RECIPES, with every value that was given as a flag."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--model", required=True, metavar="NAME", help="a model file beside this script, such as tin")
+    first.add_argument("--recipe", metavar="ROW", help="a row of its RECIPES (toy without --data, else the file's first)")
+    first.add_argument("--data", metavar="DATA", help="a data folder (the toy, drawn into runs/toy)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     parents=[first], allow_abbrev=False)
+    parser.add_argument("--out", metavar="DIR", help="for checkpoints and log (runs/MODEL)")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, or start if there is none")
+    parser.add_argument("--save-every", type=int, metavar="STEPS", help="write last.pt this often, beside every epoch's end")
+    parser.add_argument("--accumulate", type=int, default=1, help="parts of a step's batch, for small memories (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes per process, 0: none (%(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, ... (cuda if there is one)")
+    parser.add_argument("--amp", default="off", choices=["off", "bf16", "fp16"], help="half precision (%(default)s)")
+    parser.add_argument("--channels-last", action="store_true", help="pixels before channels in memory: faster on GPUs")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network")
+    parser.add_argument("--skip-broken", action="store_true", help="train on the next video where one cannot be read")
+    parser.add_argument("--print-recipe", action="store_true", help="show each value with its source, and stop")
+    if not any(arg.startswith("--model") for arg in sys.argv):
+        parser.parse_args()  # says that --model is missing, or helps without the recipe's flags
+    known, _ = first.parse_known_args()
+    module, recipe, notes = evaluate.open_recipe(known.model, known.recipe or ("toy" if known.data is None else None))
+    evaluate.add_recipe_flags(parser, recipe, notes)
+    args = parser.parse_args()
+    given = {key: value for key, value in vars(args).items() if key in recipe}
+    if given.get("loss", "bce") != "bce":  # 160 belongs to the mean of binary cross-entropy
+        given.setdefault("loss_scale", 1.0)
+    recipe = evaluate.check_recipe({**recipe, **given})
+    if args.print_recipe:
+        for key, value in recipe.items():
+            print(f"{key:16} {value!s:24} {'given on the command line' if key in given else notes.get(key, '')}")
+        sys.exit()
+    for name in ("accumulate", "save_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    # A checkpoint holds lists, whatever a recipe writes: so that both compare.
+    return args, module, {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.items()}
+
+
+def main():
+    args, module, recipe = parse_arguments()
+    rank, world, device = evaluate.start_process(args.device)
+    folder = Path(args.data) if args.data else evaluate.toy_folder(rank)
+    out = Path(args.out or f"runs/{args.model}")
+    out.mkdir(parents=True, exist_ok=True)
+    last, log = out / "last.pt", out / "log.jsonl"
+    say = print if rank == 0 else (lambda *_, **__: None)
+
+    videos = data.VideoList(folder, "train", recipe, train=True, seed=args.seed, skip_broken=args.skip_broken)
+    views = functools.partial(evaluate.test_views, recipe=recipe, protocol=evaluate.make_protocol(recipe))
+    val = data.VideoList(folder, "val", recipe, train=False, views=views)
+    val_labels = evaluate.multi_hot(val.videos, len(val.categories))
+    if val_labels is None:
+        raise ValueError(f"{val.list}: no video has a label, so the best epoch cannot be told")
+    counts = np.bincount([label for video in videos.videos for label in video.labels], minlength=len(videos.categories))
+    if recipe["loss"] == "ce" and any(len(video.labels) != 1 for video in videos.videos):
+        raise ValueError(f"{videos.list}: --loss ce needs exactly one label for every video")
+
+    batch, parts = recipe["batch"], world * args.accumulate
+    if batch % parts:
+        raise ValueError(f"--batch {batch}: is the total, and {world} processes x --accumulate {args.accumulate} do not divide it")
+    if len(videos) < batch:
+        raise ValueError(f"--batch {batch}: larger than {videos.list}, which has {len(videos)} videos")
+    steps = len(videos) // batch  # an epoch
+    total = recipe["epochs"] * steps if "epochs" in recipe else round(
+        recipe["iterations"] * recipe["reference_batch"] / batch)
+
+    torch.manual_seed(args.seed)  # the same initial values in every process
+    model = module.build(recipe, len(videos.categories))
+    config = {"model": args.model, "recipe": recipe, "seed": args.seed, "categories": videos.categories,
+              "mean": recipe["mean"], "std": recipe["std"]}
+    start, best = 0, -1.0
+    resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun's second try
+    if last.exists() and not resume:
+        raise ValueError(f"{last}: a run is there already; go on with --resume, or choose another --out")
+    checkpoint = evaluate.read_checkpoint(last) if last.exists() else None
+    if checkpoint:
+        differences = [f"{key} {theirs.get(key)} there, {ours.get(key)} here" for theirs, ours in
+                       ((checkpoint["config"]["recipe"], recipe), (checkpoint["config"], config))
+                       for key in {**theirs, **ours} if key != "recipe" and theirs.get(key) != ours.get(key)]
+        if differences:
+            raise ValueError(f"{last}: belongs to another run: {'; '.join(differences)}")
+        model.load_state_dict(checkpoint["model"])
+        start, best = checkpoint["iteration"], checkpoint["best_map"]
+    else:
+        say(start_from(module, model, recipe))
+    model.to(device)
+    if args.channels_last:
+        for parameter in model.parameters():
+            if parameter.dim() in (4, 5):
+                layout = torch.channels_last if parameter.dim() == 4 else torch.channels_last_3d
+                parameter.data = parameter.data.contiguous(memory_format=layout)
+    if recipe["sync_bn"] and world > 1 and device.type == "cuda":  # on CPU PyTorch refuses it
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    net = model  # `model` stays bare, for checkpoints and evaluation; `net` is what is trained
+    if world > 1:
+        net = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if args.compile:
+        net = torch.compile(net)
+    optimizer = torch.optim.SGD(model.parameters(), lr=recipe["lr"], momentum=recipe["momentum"],
+                                nesterov=recipe["nesterov"], weight_decay=recipe["weight_decay"])
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+    half = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+
+    def autocast():
+        return torch.autocast(device.type, half) if half else contextlib.nullcontext()
+
+    criterion = make_criterion(recipe, counts)
+
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
+    lines = [line for line in lines if line["step"] <= start]  # what a stopped run wrote after its last checkpoint goes
+    if rank == 0:
+        for stale in out.glob("*.part-*"):
+            stale.unlink()
+        data.write_lines(log, [json.dumps(line) for line in lines])
+        for key, value in recipe.items():
+            print(f"  {key:16} {value}")
+        print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, Python {sys.version.split()[0]}, {device}"
+              f"{f' {torch.cuda.get_device_name(device)}' if device.type == 'cuda' else ''} x {world}, "
+              f"{torch.get_num_threads()} threads each")
+        print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(videos.categories)} classes")
+        for some in (videos, val):
+            total_labels = sum(len(video.labels) for video in some.videos)
+            print(f"{some.list}: {len(some)} videos, {total_labels / len(some):.2f} labels a video"
+                  + (f", {some.left_out} lines left out (repeated, or no frames)" if some.left_out else ""))
+        print(f"batch {batch} = {world} processes x {batch // parts} clips x {args.accumulate}; {steps} steps an epoch, "
+              f"{total} in all")
+        print(f"learning rate {recipe['lr']} x {batch} / {recipe['reference_batch']} = "
+              f"{recipe['lr'] * batch / recipe['reference_batch']:g}")
+        if start:
+            print(f"going on from {last}, step {start} of {total}")
+
+    def record(line):
+        lines.append(line)
+        if rank == 0:
+            with open(log, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def write(*names):
+        """Write the run's state under these names; never one whose gradients were not finite."""
+        stop_if_not_finite()
+        if rank == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                     "epoch": done // steps, "iteration": done, "best_map": best, "config": config,
+                     "class_counts": counts.tolist()}
+            for name in names:
+                save(out / name, state)
+
+    def stop_if_not_finite():
+        if world > 1:
+            dist.all_reduce(bad_step, dist.ReduceOp.MIN)
+        if bad_step < total:
+            raise ValueError(f"step {int(bad_step) + 1}: the gradient is not finite; resume from the last checkpoint with a "
+                             f"smaller --lr, a smaller --clip-grad or --amp bf16 in place of fp16")
+
+    stopped_by = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stopped_by.append(number))
+    loader = torch.utils.data.DataLoader(
+        videos, batch_sampler=batches(len(videos), batch, args.seed, start, total, rank, world, args.accumulate),
+        num_workers=args.workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+    stream = iter(loader) if start < total else None
+    wanted = batches(len(videos), batch, args.seed, start, total, rank, world, args.accumulate)
+    bad_step = torch.tensor(total, device=device)  # the first step whose gradient was not finite
+    loss_sum = torch.zeros((), device=device)
+    done, skipped, window, waited, since = start, 0, 0, 0.0, time.time()
+    model.train()
+    for iteration in range(start, total):
+        asked, problem, clips = time.time(), "", []
+        try:
+            for _ in range(args.accumulate):
+                clips.append(next(stream))
+                skipped += sum(int(row) != index % len(videos) for row, index in zip(clips[-1][2], next(wanted)))
+        except OSError as error:
+            problem = str(error)
+        waited += time.time() - asked
+        signals = torch.tensor([len(problem) > 0, bool(stopped_by)], dtype=torch.int)
+        if world > 1:
+            dist.all_reduce(signals, dist.ReduceOp.MAX)  # all processes leave together, or none
+        if signals[0]:
+            problems = [problem] * world
+            if world > 1:
+                dist.all_gather_object(problems, problem)
+            raise OSError(next(filter(None, problems)))
+        if signals[1]:
+            write("last.pt")
+            say(f"stopped after step {done} of {total}; the same command with --resume goes on from {last}")
+            return 128 + (stopped_by or [signal.SIGTERM])[0]
+
+        torch.manual_seed(int(np.random.SeedSequence([args.seed, iteration, rank]).generate_state(1)[0]))
+        rate = learning_rate(iteration, total, recipe)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for part, (clip, labels, _) in enumerate(clips, 1):
+            clip, labels = clip.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            with net.no_sync() if world > 1 and part < args.accumulate else contextlib.nullcontext():
+                with autocast():
+                    logits = net(evaluate.normalise(clip, recipe["mean"], recipe["std"], args.channels_last))
+                loss = criterion(logits, labels) / args.accumulate  # in float32, outside autocast
+                scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe["clip_grad"] or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        # fp16 overflows now and then, and its scaler skips the step: there only a bad loss tells of trouble.
+        fine = torch.isfinite(loss if args.amp == "fp16" else norm)
+        bad_step = torch.where(fine, bad_step, bad_step.clamp(max=iteration))
+        done, window = iteration + 1, window + 1
+
+        if done % 20 == 0 or done == total:
+            stop_if_not_finite()
+            if world > 1:
+                dist.all_reduce(loss_sum)
+            seconds, value = time.time() - since, loss_sum.item() / window / world
+            record({"epoch": iteration // steps + 1, "step": done, "loss": value, "lr": rate, "grad_norm": norm.item(),
+                    "clips_per_s": window * batch / seconds, "data_share": waited / seconds})
+            memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * resource.getrusage(
+                resource.RUSAGE_SELF).ru_maxrss
+            left = int((total - done) * seconds / window)
+            say(f"epoch {iteration // steps + 1} step {done}/{total}  loss {value:.3f} ({value / recipe['loss_scale']:.4f} "
+                f"unscaled)  lr {rate:.5f}  grad {norm.item():.1f}  {window * batch / seconds:.1f} clips/s  "
+                f"data {100 * waited / seconds:.0f} %  {memory / 2**30:.1f} GB  left {left // 3600}:{left // 60 % 60:02}:"
+                f"{left % 60:02}", flush=True)
+            loss_sum.zero_()
+            window, waited, since = 0, 0.0, time.time()
+        if done % steps == 0 or done == total:
+            paused = time.time()
+            if world > 1:  # each process has its own running means: what is scored must be what is saved
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, 0)
+            scores = evaluate.predict(model, val, len(val.categories), recipe, device, workers=args.workers,
+                                      autocast=autocast())
+            score = evaluate.sample_map(scores, val_labels)
+            record({"epoch": -(-done // steps), "step": done, "val_map": score})
+            say(f"epoch {-(-done // steps)}  val mAP {100 * score:.2f}"
+                + (f"  ({skipped} broken videos replaced)" if args.skip_broken else ""), flush=True)
+            names = ["best.pt", "last.pt"] if score > best else ["last.pt"]  # best first: a kill between repeats both
+            best, skipped = max(best, score), 0
+            write(*names)
+            since += time.time() - paused
+        elif args.save_every and done % args.save_every == 0:
+            write("last.pt")
+
+    best_epoch = max((line for line in lines if "val_map" in line), key=lambda line: line["val_map"])["epoch"]
+    ceiling = order_blind_ceiling(val.videos)
+    say(("" if start < total else "finished already: ") + f"best val mAP {100 * best:.2f} (epoch {best_epoch})"
+        + (f" order-blind ceiling {100 * ceiling:.2f}" if ceiling is not None else ""))
+
+
+def ignore_signals(_):
+    """A loader's worker leaves Ctrl-C to the training process, which finishes its step first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+if __name__ == "__main__":
+    data.run_script(main)
