@@ -42,7 +42,6 @@ class Video(NamedTuple):
 
 def read_list(path, format="auto", num_classes=None):
     """A list file -> [Video, ...] in its order, without repeated paths and videos of 0 frames.
-
     format: "mmit" (M-MiT's csv: name.mp4,id,...), "xtemporal" (path frames id,...; also ours), "mmaction2" (path
     frames id id ..., or name.mp4 id id ...), or "auto". Raises ValueError with the file and line."""
     lines = [(number, line.strip()) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
@@ -116,16 +115,14 @@ def read_categories(data_dir):
     path = Path(data_dir) / "categories.txt"
     names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if all(re.search(r",\d+$", name) for name in names):
-        names = {int(name.rsplit(",", 1)[1]): name.rsplit(",", 1)[0] for name in names}
-        if not names or sorted(names) != list(range(len(names))):
+        ids, names = zip(*sorted((int(name.split(",")[-1]), name.rsplit(",", 1)[0]) for name in names or ["none,1"]))
+        if ids != tuple(range(len(ids))):
             raise ValueError(f"{path}: write one name a line, or name,id with the ids from 0 up, each once")
-        names = [names[number] for number in range(len(names))]
-    return names
+    return list(names)
 
 
 def segment_indices(num_frames, segments, rng=None):
     """One frame from each of `segments` equal parts, for any num_frames >= 1: int array (segments,).
-
     rng None: the middle of each. Otherwise a random place in it; the authors' code rounds the parts down, and so never
     trains on a video's last frames. Report: "evenly select"; TSN's paper, section 3."""
     k = np.arange(segments)
@@ -147,21 +144,19 @@ def clip_starts(num_frames, length, stride, views):
 
 def sample_indices(num_frames, recipe, rng=None):
     """The frames of a training clip, drawn as the recipe's `sampling` says, or without rng of the middle clip: (T,)."""
-    length, stride = recipe["frames"], recipe["stride"]
     if recipe["sampling"] == "segments":
-        return segment_indices(num_frames, length, rng)
-    room = max(0, num_frames - length * stride)
-    return clip_indices(num_frames, length, stride, rng.integers(room + 1) if rng else room // 2)
+        return segment_indices(num_frames, recipe["frames"], rng)
+    room = max(0, num_frames - recipe["frames"] * recipe["stride"])
+    return clip_indices(num_frames, recipe["frames"], recipe["stride"], rng.integers(room + 1) if rng else room // 2)
 
 
-# The 13 places of TSN's multi-scale crop, in quarters of the room to the right and down.
 PLACES = [(0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3)]
 
 
 def multiscale_box(width, height, target, rng):
     """TSN's multi-scale crop ("spatial jittering"): the part (x, y, w, h) of a frame to be resized to target x target.
     w and h are 1, .875, .75 or .66 of the short side, at most one step apart; within 2 pixels of the target they become
-    the target, which spares the resize."""
+    the target, which spares the resize. It lies at one of 13 PLACES, quarters of the room to the right and down."""
     sides = [int(min(width, height) * scale) for scale in (1, 0.875, 0.75, 0.66)]
     sides = [target if abs(side - target) < 3 and target <= min(width, height) else side for side in sides]
     pairs = [(w, h) for i, w in enumerate(sides) for j, h in enumerate(sides) if abs(i - j) <= 1]  # 10 of 16
@@ -181,6 +176,8 @@ def read_frames(folder, indices, box=None):
                     x, y, w, h = box(*image.size) if box else (0, 0, *image.size)
                 image = image if image.mode == "RGB" else image.convert("RGB")
                 pixels[index] = np.asarray(image.crop((x, y, x + w, y + h)))
+                if pixels[index].shape != pixels[indices[0]].shape:
+                    raise OSError("its size is not that of the clip's first frame")
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken header
             raise OSError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     return torch.from_numpy(np.stack([pixels[index] for index in indices]))
@@ -199,7 +196,6 @@ def resize(frames, size):
 
 def make_clip(folder, indices, recipe, rng=None):
     """Decode the frames of a clip and cut them to size: one crop, one flip for all of them. uint8 (T, crop, crop, 3).
-
     rng None: the one evaluation view, short side test_resize, centre test_crop. Else the recipe's augmentation."""
     crop = recipe["crop"] if rng else recipe["test_crop"]
     if rng and recipe["augment"] == "multiscale":  # report, image models
@@ -216,14 +212,12 @@ def make_clip(folder, indices, recipe, rng=None):
 class VideoList(torch.utils.data.Dataset):
     """DATA/<split>.txt and its frames. An item: (clip uint8 (T, H, W, 3), labels float32 (num_classes,), row).
     train: a random, augmented clip; index epoch * len + row is the row as that epoch draws it. Else the recipe's one
-    evaluation view, or with views, a function, the item (row, views(read, num_frames, path)). A video that cannot be read
-    is an OSError with its list line; with skip_broken, training takes the next row that can be read, at most 10 further
-    on: the item's row tells."""
+    evaluation view, or with views, a function, the item (row, views(read, num_frames, path)). An unreadable video is an
+    OSError with its list line; with skip_broken, training takes the next readable row, at most 10 further on."""
 
     def __init__(self, data_dir, split, recipe, train, seed=0, skip_broken=False, views=None):
         self.list, self.frames_dir = Path(data_dir) / f"{split}.txt", Path(data_dir) / "frames"
-        self.recipe, self.train, self.seed, self.views = recipe, train, seed, views
-        self.tries = 11 if train and skip_broken else 1
+        self.recipe, self.train, self.seed, self.views, self.skip_broken = recipe, train, seed, views, skip_broken
         self.categories = read_categories(data_dir)
         self.videos = read_list(self.list, num_classes=len(self.categories))
         self.left_out = sum(bool(line.strip()) for line in read_text(self.list).splitlines()) - len(self.videos)
@@ -235,7 +229,7 @@ class VideoList(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         epoch, first = divmod(index, len(self))
-        for row in ((first + step) % len(self) for step in range(self.tries)):
+        for row in ((first + step) % len(self) for step in range(11 if self.train and self.skip_broken else 1)):
             path, frames, ids = self.videos[row]
             folder, rng = self.frames_dir / path, np.random.default_rng([self.seed, epoch, row]) if self.train else None
             try:
@@ -255,13 +249,12 @@ VELOCITIES = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1), (1, -1), (-1, 
 
 def draw_toy(out, videos=1200, seed=0):
     """Draw the toy into the new folder `out`: `videos` for training, a quarter as many for validation.
-
     One or two shapes drift over a torus, each on its own axis: labels that no single frame shows. Every fifth video has
     a patterned ground: a label that every frame shows. Validation holds each video with its reversal, and 24 frames are
     an odd multiple of 8 segments: both have the same middle frames, so a model blind to order scores both alike."""
     out, part, pairs = Path(out), Path(f"{out}.part-{os.getpid()}"), videos // 8
     if videos < 8 or out.exists():
-        raise ValueError(f"{out}: already there, name a new folder" if out.exists() else f"--videos {videos}: 8 or more")
+        raise ValueError(f"--videos {videos}: at least 8" if videos < 8 else f"{out}: already there; name a new folder")
     lists, started = {"train": [], "val": [], "categories": TOY_CATEGORIES}, time.time()
     try:
         for row in range(videos + pairs):
@@ -287,30 +280,27 @@ def draw_toy(out, videos=1200, seed=0):
 def draw_video(row, rng, frames=24, width=40, height=36):
     """uint8 (frames, height, width, 3) and its labels: two movers in every other row, a pattern in every fifth."""
     y, x = np.mgrid[:height, :width]
-    ground = rng.integers(40, 120, 3) + rng.normal(0, 12, (height, width, 1))  # one colour with grain, at rest
+    ground = rng.integers(40, 100, 3) + rng.normal(0, 5, (height, width, 1))  # one colour with grain, at rest
     labels = [int(2 * axis + rng.integers(2)) for axis in rng.permutation(4)[: 1 + row % 2]]
     video = np.repeat(ground[None], frames, axis=0)
     if row % 5 == 0:
-        striped = int(rng.integers(2))
-        video += 50 * ((x // 4 + (0 if striped else y // 4)) % 2)[..., None]
-        labels.append(len(VELOCITIES) + striped)
+        labels.append(len(VELOCITIES) + int(rng.integers(2)))
+        video += 40 * ((x // 4 + (y // 4 if labels[-1] == len(VELOCITIES) else 0)) % 2)[..., None]
     for vx, vy in [VELOCITIES[label] for label in labels[: 1 + row % 2]]:
-        way = rng.uniform(0.8, 1.4) * np.arange(frames)[:, None, None]  # pixels a frame, on each axis
+        way = rng.uniform(1.2, 1.6) * np.arange(frames)[:, None, None]  # pixels a frame, on each axis
         dx = (x - rng.uniform(0, width) - vx * way) % width - width / 2  # on the torus: from -width/2 to width/2
         dy = (y - rng.uniform(0, height) - vy * way) % height - height / 2
-        video[np.maximum(abs(dx), abs(dy)) < 4 if rng.integers(2) else dx**2 + dy**2 < 20] = rng.integers(140, 256, 3)
+        video[np.maximum(abs(dx), abs(dy)) < 5 if rng.integers(2) else dx**2 + dy**2 < 32] = rng.integers(180, 256, 3)
     return video.clip(0, 255).astype(np.uint8), labels
 
 
 def extract(videos_dir, out, split, list_path=None, format="auto", workers=os.cpu_count()):
     """Decode videos into OUT/frames and write OUT/<split>.txt and OUT/<split>_failed.txt -> (whole, failed) counts.
-
     Report: FFmpeg, 30 frames a second, short side 320. A folder of frames gets its name when it is whole, so a run that
     was stopped goes on. Frames are counted: neither the container's own number nor rate x duration is right."""
-    if shutil.which("ffmpeg") is None:
-        raise OSError("the program ffmpeg is missing; Debian: apt install ffmpeg, macOS: brew install ffmpeg")
-    if workers < 1:
-        raise ValueError(f"--workers {workers}: at least 1")
+    if workers < 1 or shutil.which("ffmpeg") is None:
+        raise ValueError(f"--workers {workers}: at least 1" if workers < 1 else
+                         "the program ffmpeg is missing; Debian: apt install ffmpeg, macOS: brew install ffmpeg")
     files = find_videos(videos_dir)
     videos = read_list(list_path, format) if list_path else [Video(path, None, []) for path in files]
     frames_dir = Path(out) / "frames"
@@ -349,13 +339,13 @@ def extract(videos_dir, out, split, list_path=None, format="auto", workers=os.cp
 def find_videos(folder):
     """Every video file below a folder: {its place there without the ending: its Path}, sorted."""
     found = {}
-    for file in (Path(parent, name) for parent, _, names in os.walk(folder) for name in names):
+    for file in sorted(Path(parent, name) for parent, _, names in os.walk(folder) for name in names):
         path = ENDING.sub("", file.relative_to(folder).as_posix())
         if ENDING.search(file.name) and found.setdefault(path, file) is not file:
             raise ValueError(f"{found[path]} and {file} would both be called {path}: rename one of them")
     if not found:
         raise ValueError(f"{folder}: no such folder, or no video in it ({ENDING.pattern})")
-    return dict(sorted(found.items()))
+    return found
 
 
 def ffmpeg(file, *output, **options):
@@ -386,10 +376,9 @@ def check(data_dir):
         for done, video in enumerate(videos, 1):
             folder, where = Path(data_dir) / "frames" / video.path, f"{path}:{lines[video.path]}: {video.path}"
             names = set(os.listdir(folder)) if folder.is_dir() else set()
-            missing = [name for i in range(video.frames or 1) if (name := FRAME.format(i + 1)) not in names]
-            if missing or len(names) != video.frames:
-                problems.append(f"{where}: {len(names)} frames, not {video.frames}" +
-                                "".join(f"; no {name}" for name in missing[:1]))
+            due = {FRAME.format(i + 1) for i in range(video.frames or 1)}
+            if names != due:
+                problems.append(f"{where}: {len(names & due)} of {video.frames} frames, {len(names - due)} other files")
             if seen.setdefault(video.path, path) != path:
                 problems.append(f"{where} is also in {seen[video.path]}")
             progress(path.name, done, len(videos), started)
@@ -418,13 +407,17 @@ def progress(what, done, total, started, last=[0.0]):
 def run_script(main):
     """Run a script's main and exit with what it returns; bad input is one line on stderr and status 2, no traceback."""
     try:
-        sys.exit(main())
+        status = main()
     except (ValueError, OSError) as error:
         line = str(error).strip().splitlines()[-1]  # a loader's worker puts its traceback and error name in front
-        print(f"{Path(sys.argv[0]).name}: {re.sub(r'^[A-Za-z]*Error: ', '', line)}", file=sys.stderr)
-        sys.exit(2)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: {re.sub(r'^[A-Za-z]*Error: ', '', line)}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # torchrun ends all processes as soon as one has: let the first one speak
+        status = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    sys.exit(status)
 
 
 def main():
@@ -437,8 +430,7 @@ def main():
     videos = commands.add_parser("extract", help="videos to frames and their list")
     videos.add_argument("--videos", required=True, metavar="DIR", help="the folder of videos, at any depth")
     videos.add_argument("--list", metavar="FILE", help="which of them, with their labels; without it all, unlabelled")
-    videos.add_argument("--format", default="auto", choices=["auto", "mmit", "xtemporal", "mmaction2"],
-                        help="of --list; auto tells them apart")
+    videos.add_argument("--format", default="auto", choices=["auto", "mmit", "xtemporal", "mmaction2"], help="its form")
     videos.add_argument("--out", required=True, metavar="DATA", help="the data folder; videos already whole are kept")
     videos.add_argument("--split", required=True, help="writes DATA/SPLIT.txt and DATA/SPLIT_failed.txt")
     videos.add_argument("--workers", type=int, default=os.cpu_count(), help="ffmpeg processes at once")

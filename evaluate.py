@@ -5,8 +5,8 @@
     python evaluate.py --model slowfast --weights PUBLIC.pth ...     other people's weights, through slowfast.convert
     python evaluate.py --checkpoint runs/tin/best.pt --video FILE ... [--top 5] [--json] [--picture out.png]
 
-A video's views (clips in time, crops in space, scales) are scored one by one and their probabilities averaged. Each video
-is scored by exactly one process. N videos, K classes, B clips, T frames, H, W pixels.
+A video's views (clips in time, crops in space, scales) are scored one by one and their probabilities averaged. Each
+video is scored by exactly one process. N videos, K classes, B clips, T frames, H, W pixels.
 """
 import argparse
 import contextlib
@@ -19,7 +19,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
 import sys
 import time
 import zlib
@@ -31,6 +30,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 
 import data
+
 
 def average_precision(scores, labels):
     """The average precision of each video over its classes: fractions (N,) from scores and 0/1 labels, both (N, K).
@@ -71,15 +71,16 @@ def make_protocol(recipe, name="clip", crops=None):
     "multiscale", at all of them (report). crops overrides the recipe's; "random": as many, at random places."""
     scales = [(side, side) for side in recipe["scales"]][: None if name == "multiscale" else 1]
     count = recipe["crops"] if crops in (None, "random") else int(crops)
-    views = (1, 1, [(recipe["test_resize"], recipe["test_crop"])]) if name == "clip" else (recipe["clips"], count, scales)
-    return {"name": name, **dict(zip(("clips", "crops", "sizes"), views)), "random": crops == "random"}
+    if name == "clip":
+        return {"name": name, "clips": 1, "crops": 1, "sizes": [(recipe["test_resize"], recipe["test_crop"])], "random": False}
+    return {"name": name, "clips": recipe["clips"], "crops": count, "sizes": scales, "random": crops == "random"}
 
 
 def test_views(read, num_frames, name, recipe, protocol):
     """All views of a video under a protocol: [(clip uint8 (T, crop, crop, 3), weight), ...], the weights summing to 1.
 
-    read: frame indices -> uint8 (n, h, w, 3), called once. Equal views are given once, with their number as weight: many
-    clips of a short video are the same. What is random is seeded by the video's name."""
+    read: frame indices -> uint8 (n, h, w, 3), called once. Equal views are given once, with their number as weight: of a
+    short video many clips are the same. What is random is seeded by the video's name."""
     length, stride, rng = recipe["frames"], recipe["stride"], np.random.default_rng(zlib.crc32(name.encode()))
     if recipe["sampling"] == "segments":  # the middles, then random ones; report: "5 random" along time
         clips = [data.segment_indices(num_frames, length, rng if i else None) for i in range(protocol["clips"])]
@@ -91,7 +92,8 @@ def test_views(read, num_frames, name, recipe, protocol):
     for short, crop in protocol["sizes"]:
         resized = data.resize(frames, short)  # (n, height, width, 3)
         for clip in clips:
-            for x, y in crop_places(*resized.shape[2:0:-1], crop, protocol["crops"], rng if protocol["random"] else None):
+            random = rng if protocol["random"] else None
+            for x, y in crop_places(resized.shape[2], resized.shape[1], crop, protocol["crops"], random):
                 window = resized[np.searchsorted(wanted, clip), y : y + crop, x : x + crop]
                 views.setdefault((crop, x, y, *clip), [window, 0])[1] += 1
     total = sum(count for _, count in views.values())
@@ -106,12 +108,14 @@ def normalise(clips, mean, std, channels_last=False):
 
 
 @torch.no_grad()
-def predict(model, views, num_classes, recipe, device, batch=8, view_batch=16, workers=0, average="prob", autocast=None, what=None):
+def predict(model, views, num_classes, recipe, device, batch=8, view_batch=16, workers=0, average="prob",
+            autocast=None, what=None):
     """The scores of all videos, float32 (N, K), in every process: the mean over a video's views of the probabilities
     (report: "class prediction probabilities are averaged"), or with average "logit" the sigmoid of the mean logit.
 
-    views: (row, test_views) of each video, by row. batch: videos loaded at once; view_batch: views per forward pass, which bounds the memory. model: not
-    its DDP wrapper, which would wait for processes with fewer videos. what: prints progress under this name."""
+    views: (row, test_views) of each video, by row. batch: videos loaded at once; view_batch: views in one forward pass,
+    which bounds the memory. model: not its DDP wrapper, which would wait for processes with fewer videos. what: what to
+    call the videos in lines on progress, None for no such lines."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = torch.utils.data.Subset(views, range(rank, len(views), world))
     loader = torch.utils.data.DataLoader(mine, batch_size=batch, num_workers=workers, collate_fn=list)

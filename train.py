@@ -6,13 +6,13 @@
     torchrun train.py --model tin --recipe r101_8f --lr 0.02 --print-recipe    every recipe value is a flag
 
 OUT (runs/MODEL) gets last.pt, from which --resume goes on as if nothing had happened; best.pt, the best on validation;
-and log.jsonl. A run is a function of its seed: a step's randomness is that of (seed, step, rank), a clip's that of (seed,
-epoch, row), an epoch's order that of (seed, epoch), so that no generator's state has to be kept.
-
-B clips, K classes; a step is one update of the weights, from `batch` clips over all processes.
+and log.jsonl. A run is a function of its seed: a step draws from (seed, step, rank), a clip from (seed, epoch, row), an
+epoch's order from (seed, epoch), so no generator's state is kept. B clips, K classes; a step is one update of the
+weights, from `batch` clips over all processes.
 """
 import argparse
 import contextlib
+import datetime
 import functools
 import itertools
 import json
@@ -59,17 +59,17 @@ def lsep(logits, labels):
 
 
 def warp(logits, labels, sampled=False, generator=None):
-    """Weighted approximate-rank pairwise loss, mean over rows (B, K). Per positive u with V violators of its margin, the
-    negatives v with 1 - f_u + f_v > 0: (1 + 1/2 + ... + 1/V) x the violators' mean of 1 - f_u + f_v.
+    """Weighted approximate-rank pairwise loss, mean over rows (B, K). Per positive u, with V the number of negatives v
+    that violate its margin, 1 - f_u + f_v > 0: (1 + 1/2 + ... + 1/V) x the violators' mean of 1 - f_u + f_v.
 
-    sampled: the papers' estimate, which draws negatives until one violates, s times, and takes floor((K - 1) / s) for V;
-    s is geometric, so nothing has to be drawn in a loop. Weston, Bengio and Usunier 2011; report: tried, not used."""
+    sampled: the papers' estimate, which draws negatives until one violates, s of them, and takes floor((K - 1) / s) for
+    V; s is geometric, so no loop is needed. Weston, Bengio and Usunier 2011; report: tried, not used."""
     logits, positive = at_least_float32(logits), labels.bool()
     rows, columns = positive.nonzero(as_tuple=True)
     margin = 1 - logits[rows, columns][:, None] + logits[rows]  # (positives of the batch, K)
     violates = (margin > 0) & ~positive[rows]
     count, classes = violates.sum(1), logits.shape[1]
-    weight = torch.cat([logits.new_zeros(1), (1 / torch.arange(1, classes + 1).to(logits)).cumsum(0)])  # 0, 1, 1 + 1/2 ...
+    weight = torch.cat([logits.new_zeros(1), (1 / torch.arange(1, classes + 1).to(logits)).cumsum(0)])  # by V from 0
     if not sampled:
         return (weight[count] * (margin * violates).sum(1) / count.clamp(min=1)).sum() / len(logits)
     chance = count / (~positive[rows]).sum(1).clamp(min=1)
@@ -102,8 +102,8 @@ def make_criterion(recipe, counts):
 def learning_rate(iteration, total, recipe):
     """The rate of step `iteration` of `total`, from 0; a pure function, so that resuming needs no scheduler.
 
-    Steps at the milestones, or half a cosine counted from step 0; before `warmup`, a line from a tenth of the base up to
-    the curve's own value there. The base is the recipe's lr, in proportion to the batch. Report; SlowFast, section 4.1."""
+    Tenths at the milestones, or half a cosine counted from step 0; before `warmup`, a line from a tenth of the base to
+    the curve's own value there. The base is the recipe's lr, in proportion to the batch. Report; SlowFast's paper."""
     base = recipe["lr"] * recipe["batch"] / recipe["reference_batch"]
     warmup = recipe["warmup"] * recipe["reference_batch"] / recipe["batch"]
     if iteration < warmup:
@@ -116,8 +116,7 @@ def learning_rate(iteration, total, recipe):
 
 def batches(videos, batch, seed, start, total, rank, world, accumulate):
     """For each step from `start`: `accumulate` lists of dataset indices, this process's parts of that step's batch.
-
-    An epoch is a permutation that depends on (seed, epoch) alone; what does not fill a batch waits for another epoch."""
+    An epoch is a permutation that depends on (seed, epoch) alone; what does not fill a batch is left for another."""
     steps = videos // batch
     for iteration in range(start, total):
         epoch, step = divmod(iteration, steps)
@@ -129,8 +128,8 @@ def batches(videos, batch, seed, start, total, rank, world, accumulate):
 
 
 def order_blind_ceiling(videos):
-    """The best sample_map, a fraction, that a model can reach which cannot tell a video from its reversal; None where
-    some video's reversal (path + "_reversed") is not in the list. Exact: for each pair every order of labels is tried."""
+    """The best sample_map, a fraction, of a model that cannot tell a video from its reversal: each pair's labels are
+    tried in every order. None where the reversal (path + "_reversed") of some video is not in the list."""
     labels = {video.path: video.labels for video in videos}
     pairs = [(own, labels.get(f"{path}_reversed")) for path, own in labels.items() if not path.endswith("_reversed")]
     if 2 * len(pairs) != len(labels) or None in [backwards for _, backwards in pairs]:
@@ -195,17 +194,17 @@ def start_from(module, model, recipe):
 
 
 def parse_arguments():
-    """(args, model file, recipe) from the command line: the row of RECIPES, with every value that was given as a flag."""
+    """(args, model file's module, recipe): the row of RECIPES, with every value that was given as a flag."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", required=True, metavar="NAME", help="a model file beside this script, such as tin")
-    first.add_argument("--recipe", metavar="ROW", help="a row of its RECIPES (toy without --data, else the file's first)")
+    first.add_argument("--recipe", metavar="ROW", help="a row of its RECIPES (toy without --data, else the first)")
     first.add_argument("--data", metavar="DATA", help="a data folder (the toy, drawn into runs/toy)")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      parents=[first], allow_abbrev=False)
     parser.add_argument("--out", metavar="DIR", help="for checkpoints and log (runs/MODEL)")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, or start if there is none")
-    parser.add_argument("--save-every", type=int, metavar="STEPS", help="write last.pt this often, beside every epoch's end")
-    parser.add_argument("--accumulate", type=int, default=1, help="parts of a step's batch, for small memories (%(default)s)")
+    parser.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="write last.pt within epochs too")
+    parser.add_argument("--accumulate", type=int, default=1, help="parts of a batch, to save memory (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="loader processes per process, 0: none (%(default)s)")
     parser.add_argument("--device", help="cpu, cuda, ... (cuda if there is one)")
@@ -228,10 +227,9 @@ def parse_arguments():
         for key, value in recipe.items():
             print(f"{key:16} {value!s:24} {'given on the command line' if key in given else notes.get(key, '')}")
         sys.exit()
-    for name in ("accumulate", "save_every"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
-    # A checkpoint holds lists, whatever a recipe writes: so that both compare.
+    if args.accumulate < 1 or args.save_every < 0 or args.workers < 0:
+        raise ValueError("--accumulate is at least 1, --save-every and --workers at least 0")
+    # Lists, as a checkpoint would hold, so that the two compare.
     return args, module, {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.items()}
 
 
@@ -240,7 +238,6 @@ def main():
     rank, world, device = evaluate.start_process(args.device)
     folder = Path(args.data) if args.data else evaluate.toy_folder(rank)
     out = Path(args.out or f"runs/{args.model}")
-    out.mkdir(parents=True, exist_ok=True)
     last, log = out / "last.pt", out / "log.jsonl"
     say = print if rank == 0 else (lambda *_, **__: None)
 
@@ -256,20 +253,18 @@ def main():
 
     batch, parts = recipe["batch"], world * args.accumulate
     if batch % parts:
-        raise ValueError(f"--batch {batch}: is the total, and {world} processes x --accumulate {args.accumulate} do not divide it")
+        raise ValueError(f"--batch {batch}: {world} processes x --accumulate {args.accumulate} do not divide it")
     if len(videos) < batch:
         raise ValueError(f"--batch {batch}: larger than {videos.list}, which has {len(videos)} videos")
     steps = len(videos) // batch  # an epoch
-    total = recipe["epochs"] * steps if "epochs" in recipe else round(
-        recipe["iterations"] * recipe["reference_batch"] / batch)
-
+    total = round(recipe["epochs"] * steps if "epochs" in recipe else
+                  recipe["iterations"] * recipe["reference_batch"] / batch)
     torch.manual_seed(args.seed)  # the same initial values in every process
     model = module.build(recipe, len(videos.categories))
     config = {"model": args.model, "recipe": recipe, "seed": args.seed, "categories": videos.categories,
               "mean": recipe["mean"], "std": recipe["std"]}
     start, best = 0, -1.0
-    resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun's second try
-    if last.exists() and not resume:
+    if last.exists() and not args.resume and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         raise ValueError(f"{last}: a run is there already; go on with --resume, or choose another --out")
     checkpoint = evaluate.read_checkpoint(last) if last.exists() else None
     if checkpoint:
@@ -292,7 +287,7 @@ def main():
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     net = model  # `model` stays bare, for checkpoints and evaluation; `net` is what is trained
     if world > 1:
-        net = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        net = torch.nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
     if args.compile:
         net = torch.compile(net)
     optimizer = torch.optim.SGD(model.parameters(), lr=recipe["lr"], momentum=recipe["momentum"],
@@ -311,31 +306,27 @@ def main():
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
     lines = [line for line in lines if line["step"] <= start]  # what a stopped run wrote after its last checkpoint goes
     if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
         for stale in out.glob("*.part-*"):
             stale.unlink()
         data.write_lines(log, [json.dumps(line) for line in lines])
-        for key, value in recipe.items():
-            print(f"  {key:16} {value}")
-        print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, Python {sys.version.split()[0]}, {device}"
-              f"{f' {torch.cuda.get_device_name(device)}' if device.type == 'cuda' else ''} x {world}, "
-              f"{torch.get_num_threads()} threads each")
-        print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(videos.categories)} classes")
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        print(*(f"  {key:16} {value}" for key, value in recipe.items()), sep="\n")
+        print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {world} x {device.type} ({gpu})")
+        print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(counts)} classes")
         for some in (videos, val):
-            total_labels = sum(len(video.labels) for video in some.videos)
-            print(f"{some.list}: {len(some)} videos, {total_labels / len(some):.2f} labels a video"
-                  + (f", {some.left_out} lines left out (repeated, or no frames)" if some.left_out else ""))
-        print(f"batch {batch} = {world} processes x {batch // parts} clips x {args.accumulate}; {steps} steps an epoch, "
-              f"{total} in all")
+            labels = sum(len(video.labels) for video in some.videos) / len(some)
+            print(f"{some.list}: {len(some)} videos, {labels:.2f} labels each; {some.left_out} lines left out")
+        print(f"batch {batch} = {world} processes x {batch // parts} clips x {args.accumulate}; "
+              f"{steps} steps an epoch, {total} in all, from {start}")
         print(f"learning rate {recipe['lr']} x {batch} / {recipe['reference_batch']} = "
               f"{recipe['lr'] * batch / recipe['reference_batch']:g}")
-        if start:
-            print(f"going on from {last}, step {start} of {total}")
 
     def record(line):
         lines.append(line)
         if rank == 0:
             with open(log, "a") as file:
-                file.write(json.dumps(line) + "\n")
+                print(json.dumps(line), file=file)
 
     def write(*names):
         """Write the run's state under these names; never one whose gradients were not finite."""
@@ -351,8 +342,8 @@ def main():
         if world > 1:
             dist.all_reduce(bad_step, dist.ReduceOp.MIN)
         if bad_step < total:
-            raise ValueError(f"step {int(bad_step) + 1}: the gradient is not finite; resume from the last checkpoint with a "
-                             f"smaller --lr, a smaller --clip-grad or --amp bf16 in place of fp16")
+            raise ValueError(f"step {int(bad_step) + 1}: the gradient is not finite; no checkpoint was written since, "
+                             "try a smaller --lr or --clip-grad, or --amp bf16 in place of fp16")
 
     stopped_by = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -414,16 +405,15 @@ def main():
             stop_if_not_finite()
             if world > 1:
                 dist.all_reduce(loss_sum)
-            seconds, value = time.time() - since, loss_sum.item() / window / world
-            record({"epoch": iteration // steps + 1, "step": done, "loss": value, "lr": rate, "grad_norm": norm.item(),
+            seconds, value, epoch = time.time() - since, loss_sum.item() / window / world, iteration // steps + 1
+            record({"epoch": epoch, "step": done, "loss": value, "lr": rate, "grad_norm": norm.item(),
                     "clips_per_s": window * batch / seconds, "data_share": waited / seconds})
             memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * resource.getrusage(
                 resource.RUSAGE_SELF).ru_maxrss
-            left = int((total - done) * seconds / window)
-            say(f"epoch {iteration // steps + 1} step {done}/{total}  loss {value:.3f} ({value / recipe['loss_scale']:.4f} "
-                f"unscaled)  lr {rate:.5f}  grad {norm.item():.1f}  {window * batch / seconds:.1f} clips/s  "
-                f"data {100 * waited / seconds:.0f} %  {memory / 2**30:.1f} GB  left {left // 3600}:{left // 60 % 60:02}:"
-                f"{left % 60:02}", flush=True)
+            left = datetime.timedelta(seconds=int((total - done) * seconds / window))
+            say(f"epoch {epoch} step {done}/{total}  loss {value:.3f} ({value / recipe['loss_scale']:.4f} unscaled)  "
+                f"lr {rate:.5f}  grad {norm.item():.1f}  {window * batch / seconds:.1f} clips/s  "
+                f"data {100 * waited / seconds:.0f} %  {memory / 2**30:.1f} GB  left {left}", flush=True)
             loss_sum.zero_()
             window, waited, since = 0, 0.0, time.time()
         if done % steps == 0 or done == total:
@@ -444,15 +434,16 @@ def main():
         elif args.save_every and done % args.save_every == 0:
             write("last.pt")
 
-    best_epoch = max((line for line in lines if "val_map" in line), key=lambda line: line["val_map"])["epoch"]
+    epoch = next((line["epoch"] for line in lines if line.get("val_map") == best), "not in the log")
     ceiling = order_blind_ceiling(val.videos)
-    say(("" if start < total else "finished already: ") + f"best val mAP {100 * best:.2f} (epoch {best_epoch})"
+    say("finished already: " * (start == total) + f"best val mAP {100 * best:.2f} (epoch {epoch})"
         + (f" order-blind ceiling {100 * ceiling:.2f}" if ceiling is not None else ""))
 
 
 def ignore_signals(_):
-    """A loader's worker leaves Ctrl-C to the training process, which finishes its step first."""
+    """A loader's worker leaves being stopped to the training process, which finishes its step first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def test_laterals(variant, frames, slow):
     ("slow_8x8", {"slow": (1, 1, 1, 3, 3)}), ("fast_32x2", {"fast": (5, 3, 3, 3, 3)}),
 ])
 def test_kernels_and_strides(variant, kernels):
-    """(time, height, width) of the stem, then of every block's three convolutions and, in a stage's first, the shortcut."""
+    """(time, height, width): of the stem, of a block's three convolutions, of the shortcut that a stage's first has."""
     model = bare(10, variant)
     for path, (stem, *stages) in kernels.items():
         net = getattr(model, path)
