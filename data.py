@@ -8,7 +8,6 @@ A data folder:
     categories.txt                   one name a line: the line number, from 0, is the label's id
     train.txt  val.txt  [test.txt]   path num_frames label[,label...]      (label -1: unlabelled)
     frames/<path>/img_00001.jpg ...
-
 One clip's way: list line -> frame indices -> only those JPEGs are decoded -> one crop and flip for the whole clip ->
 uint8 (T, H, W, 3), a quarter of the bytes of floats; normalising is the device's work. All that is random about a clip
 comes from np.random.default_rng([seed, epoch, row]): it depends on no worker, no process and no earlier clip.
@@ -27,10 +26,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
-ENDING = re.compile(r"\.(mp4|m4v|avi|mkv|mov|webm|mpe?g|flv|wmv|3gp)$", re.IGNORECASE)  # of a video file
+ENDING = re.compile(r"(\.(mp4|m4v|avi|mkv|mov|webm|mpe?g|flv|wmv|3gp))+$", re.IGNORECASE)  # of a video file
 FRAME = "img_{:05d}.jpg"
 
 
@@ -44,6 +42,11 @@ def read_list(path, format="auto", num_classes=None):
     """A list file -> [Video, ...] in its order, without repeated paths and videos of 0 frames.
     format: "mmit" (M-MiT's csv: name.mp4,id,...), "xtemporal" (path frames id,...; also ours), "mmaction2" (path
     frames id id ..., or name.mp4 id id ...), or "auto". Raises ValueError with the file and line."""
+    return [video for _, video in numbered_list(path, format, num_classes).values()]
+
+
+def numbered_list(path, format="auto", num_classes=None):
+    """{a video's path: (its line in the list file, Video)}; errors as in read_list."""
     lines = [(number, line.strip()) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
     endings = any(ENDING.search(re.split(r"[\s,]", line)[0]) for _, line in lines)
     if format == "auto":
@@ -57,10 +60,10 @@ def read_list(path, format="auto", num_classes=None):
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
         if video.frames != 0:
-            videos.setdefault(video.path, video)
+            videos.setdefault(video.path, (number, video))
     if not videos:
         raise ValueError(f"{path}: lists no video")
-    return list(videos.values())
+    return videos
 
 
 def list_format(path, lines, endings):
@@ -78,7 +81,7 @@ def list_format(path, lines, endings):
 def parse_line(line, format, counted):
     """A list line -> Video. counted: an mmaction2 line's second field is its frame count. Raises ValueError."""
     name, *labels = line.split("," if format == "mmit" else None)
-    if format == "mmit" and len(labels) == 3 and not labels[0].isdecimal():
+    if format == "mmit" and len(labels) == 3 and labels[0][:1].isalpha():
         raise ValueError("this is the single-label Moments in Time (name, category, two counts of votes), not M-MiT")
     frames = labels.pop(0) if counted and labels and format != "mmit" else None
     if format == "xtemporal":
@@ -97,15 +100,9 @@ def parse_line(line, format, counted):
     return Video(path, None if frames is None else int(frames), labels)
 
 
-def line_numbers(path):
-    """{a video's path: its line in the list file}, for messages."""
-    lines = list(enumerate(read_text(path).split("\n"), 1))
-    return {ENDING.sub("", re.split(r"[\s,]", line.strip())[0]): number for number, line in reversed(lines)}
-
-
 def read_text(path):
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a text file in UTF-8") from None
 
@@ -173,25 +170,25 @@ def read_frames(folder, indices, box=None):
         try:
             with Image.open(path) as image:
                 if not pixels:  # one box for the whole clip
+                    size = image.size
                     x, y, w, h = box(*image.size) if box else (0, 0, *image.size)
+                if image.size != size:
+                    raise OSError("its size is not that of the clip's first frame")
                 image = image if image.mode == "RGB" else image.convert("RGB")
                 pixels[index] = np.asarray(image.crop((x, y, x + w, y + h)))
-                if pixels[index].shape != pixels[indices[0]].shape:
-                    raise OSError("its size is not that of the clip's first frame")
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken header
             raise OSError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     return torch.from_numpy(np.stack([pixels[index] for index in indices]))
 
 
 def resize(frames, size):
-    """uint8 (T, h, w, 3) -> (T, height, width, 3), bilinear, antialiased as in Pillow, a whole clip at a time. size:
-    (width, height), or the short side alone; the long one is then rounded down, as torchvision does."""
-    h, w = frames.shape[1:3]
+    """uint8 (T, h, w, 3) at size (width, height) or short side `size`, bilinear and antialiased as in Pillow."""
+    h, w = frames.shape[1:3]  # the long side is rounded down, as torchvision does
     width, height = size if isinstance(size, tuple) else (size, size * h // w) if w < h else (size * w // h, size)
     if (w, h) == (width, height):
         return frames
-    planes = F.interpolate(frames.permute(0, 3, 1, 2), (height, width), mode="bilinear", antialias=True)
-    return planes.permute(0, 2, 3, 1)
+    out = torch.nn.functional.interpolate(frames.permute(0, 3, 1, 2), (height, width), mode="bilinear", antialias=True)
+    return out.permute(0, 2, 3, 1)
 
 
 def make_clip(folder, indices, recipe, rng=None):
@@ -199,8 +196,7 @@ def make_clip(folder, indices, recipe, rng=None):
     rng None: the one evaluation view, short side test_resize, centre test_crop. Else the recipe's augmentation."""
     crop = recipe["crop"] if rng else recipe["test_crop"]
     if rng and recipe["augment"] == "multiscale":  # report, image models
-        clip = read_frames(folder, indices, lambda width, height: multiscale_box(width, height, crop, rng))
-        clip = resize(clip, (crop, crop))
+        clip = resize(read_frames(folder, indices, lambda w, h: multiscale_box(w, h, crop, rng)), (crop, crop))
     else:  # with rng, "jitter": report, SlowFast
         short = int(rng.integers(recipe["jitter"][0], recipe["jitter"][1] + 1)) if rng else recipe["test_resize"]
         clip = resize(read_frames(folder, indices), short)
@@ -214,7 +210,6 @@ class VideoList(torch.utils.data.Dataset):
     train: a random, augmented clip; index epoch * len + row is the row as that epoch draws it. Else the recipe's one
     evaluation view, or with views, a function, the item (row, views(read, num_frames, path)). An unreadable video is an
     OSError with its list line; with skip_broken, training takes the next readable row, at most 10 further on."""
-
     def __init__(self, data_dir, split, recipe, train, seed=0, skip_broken=False, views=None):
         self.list, self.frames_dir = Path(data_dir) / f"{split}.txt", Path(data_dir) / "frames"
         self.recipe, self.train, self.seed, self.views, self.skip_broken = recipe, train, seed, views, skip_broken
@@ -238,7 +233,7 @@ class VideoList(torch.utils.data.Dataset):
                 clip = make_clip(folder, sample_indices(frames, self.recipe, rng), self.recipe, rng)
                 return clip, torch.zeros(len(self.categories)).index_fill(0, torch.tensor(ids).long(), 1), row
             except OSError as error:
-                problem = OSError(f"{self.list}:{line_numbers(self.list)[path]}: {error}")
+                problem = OSError(f"{self.list}:{numbered_list(self.list)[path][0]}: {error}")
         raise problem
 
 
@@ -253,17 +248,18 @@ def draw_toy(out, videos=1200, seed=0):
     a patterned ground: a label that every frame shows. Validation holds each video with its reversal, and 24 frames are
     an odd multiple of 8 segments: both have the same middle frames, so a model blind to order scores both alike."""
     out, part, pairs = Path(out), Path(f"{out}.part-{os.getpid()}"), videos // 8
-    if videos < 8 or out.exists():
-        raise ValueError(f"--videos {videos}: at least 8" if videos < 8 else f"{out}: already there; name a new folder")
+    if videos < 8 or seed < 0 or out.exists():
+        raise ValueError(f"{out}: already there; name a new folder" if out.exists() else
+                         f"--videos {videos} --seed {seed}: at least 8 and 0")
     lists, started = {"train": [], "val": [], "categories": TOY_CATEGORIES}, time.time()
     try:
         for row in range(videos + pairs):
             split = "train" if row < videos else "val"
             frames, labels = draw_video(row, np.random.default_rng([seed, row]))
-            versions = {"": (frames, labels)}
+            versions = [("", frames, labels)]
             if split == "val":
-                versions["_reversed"] = frames[::-1], [label ^ (label < len(VELOCITIES)) for label in labels]
-            for ending, (frames, labels) in versions.items():
+                versions += [("_reversed", frames[::-1], [label ^ (label < len(VELOCITIES)) for label in labels])]
+            for ending, frames, labels in versions:
                 path = f"{split}/{row:05d}{ending}"
                 (part / "frames" / path).mkdir(parents=True)
                 for i, frame in enumerate(frames, 1):
@@ -280,9 +276,8 @@ def draw_toy(out, videos=1200, seed=0):
 def draw_video(row, rng, frames=24, width=40, height=36):
     """uint8 (frames, height, width, 3) and its labels: two movers in every other row, a pattern in every fifth."""
     y, x = np.mgrid[:height, :width]
-    ground = rng.integers(40, 100, 3) + rng.normal(0, 5, (height, width, 1))  # one colour with grain, at rest
+    video = np.tile(rng.integers(40, 100, 3) + rng.normal(0, 5, (height, width, 1)), (frames, 1, 1, 1))  # grain at rest
     labels = [int(2 * axis + rng.integers(2)) for axis in rng.permutation(4)[: 1 + row % 2]]
-    video = np.repeat(ground[None], frames, axis=0)
     if row % 5 == 0:
         labels.append(len(VELOCITIES) + int(rng.integers(2)))
         video += 40 * ((x // 4 + (y // 4 if labels[-1] == len(VELOCITIES) else 0)) % 2)[..., None]
@@ -296,37 +291,36 @@ def draw_video(row, rng, frames=24, width=40, height=36):
 
 def extract(videos_dir, out, split, list_path=None, format="auto", workers=os.cpu_count()):
     """Decode videos into OUT/frames and write OUT/<split>.txt and OUT/<split>_failed.txt -> (whole, failed) counts.
-    Report: FFmpeg, 30 frames a second, short side 320. A folder of frames gets its name when it is whole, so a run that
-    was stopped goes on. Frames are counted: neither the container's own number nor rate x duration is right."""
+    Report: FFmpeg, 30 fps, short side 320. A folder of frames gets its name when whole, so a stopped run can go on.
+    Frames are counted: neither the container's own number nor rate x duration is right."""
     if workers < 1 or shutil.which("ffmpeg") is None:
         raise ValueError(f"--workers {workers}: at least 1" if workers < 1 else
                          "the program ffmpeg is missing; Debian: apt install ffmpeg, macOS: brew install ffmpeg")
+    if Path(split).name != split:
+        raise ValueError(f"--split {split}: a name such as train, not a path")
     files = find_videos(videos_dir)
     videos = read_list(list_path, format) if list_path else [Video(path, None, []) for path in files]
-    frames_dir = Path(out) / "frames"
-    frames_dir.mkdir(parents=True, exist_ok=True)
+    (frames_dir := Path(out) / "frames").mkdir(parents=True, exist_ok=True)
     for stale in frames_dir.glob(f".part-{split}-*"):  # of a run that was killed
         shutil.rmtree(stale, ignore_errors=True)
     part = frames_dir / f".part-{split}-{os.getpid()}"
-
-    def work(number):
-        """The frame count of a video, or a text on why it has none."""
-        path = videos[number].path
-        final, problem = frames_dir / path, None
-        if len(path.split()) > 1:
-            problem = "white space in the path, which no list line can hold"
+    def work(video):
+        """Decode a video, if that is still to do -> the list it belongs in and its line there."""
+        final, problem = frames_dir / video.path, None
+        if re.search(r"[\s\udc80-\udcff]", video.path):
+            problem = "white space, or a byte that is not UTF-8, in the path: no list line can hold it"
         elif not final.is_dir():
-            problem = decode_video(files[path], part / str(number), final) if path in files else "no such video"
-        return problem or len(os.listdir(final))
+            file = files.get(video.path)
+            problem = decode_video(file, part / str(id(video)), final) if file else "no such video"
+        if problem:
+            return failed, f"{video.path}\t{problem}"
+        return whole, f"{video.path} {len(os.listdir(final))} {','.join(map(str, video.labels or [-1]))}"
 
     whole, failed, started = [], [], time.time()
     pool = concurrent.futures.ThreadPoolExecutor(workers)  # threads will do: the work is ffmpeg's
     try:
-        for video, result in zip(videos, pool.map(work, range(len(videos)))):
-            if isinstance(result, int):
-                whole.append(f"{video.path} {result} {','.join(map(str, video.labels or [-1]))}")
-            else:
-                failed.append(f"{video.path}\t{result}")
+        for lines, line in pool.map(work, videos):
+            lines.append(line)
             progress("videos", len(whole) + len(failed), len(videos), started)
     finally:  # also when interrupted: what is whole stays
         pool.shutdown(cancel_futures=True)
@@ -345,6 +339,9 @@ def find_videos(folder):
             raise ValueError(f"{found[path]} and {file} would both be called {path}: rename one of them")
     if not found:
         raise ValueError(f"{folder}: no such folder, or no video in it ({ENDING.pattern})")
+    for path, parent in ((path, str(parent)) for path in found for parent in Path(path).parents):
+        if parent in found:
+            raise ValueError(f"{found[parent]} and {found[path]}: one's frames would lie among the other's: rename one")
     return found
 
 
@@ -371,10 +368,14 @@ def decode_video(file, temporary, final):
 def check(data_dir):
     """Hold every list of a data folder against its frames; print what is wrong, by line, and return how many things."""
     categories, problems, seen = read_categories(data_dir), [], {}
-    for path in [path for name in ("train", "val", "test") if (path := Path(data_dir) / f"{name}.txt").exists()]:
-        videos, lines, started = read_list(path, num_classes=len(categories)), line_numbers(path), time.time()
-        for done, video in enumerate(videos, 1):
-            folder, where = Path(data_dir) / "frames" / video.path, f"{path}:{lines[video.path]}: {video.path}"
+    lists = [path for name in ("train", "val", "test") if (path := Path(data_dir) / f"{name}.txt").exists()]
+    if not lists:
+        raise ValueError(f"{data_dir}: no train.txt, val.txt or test.txt")
+    for path in lists:
+        lines, started = numbered_list(path, num_classes=len(categories)), time.time()
+        videos = [video for _, video in lines.values()]
+        for done, (number, video) in enumerate(lines.values(), 1):
+            folder, where = Path(data_dir) / "frames" / video.path, f"{path}:{number}: {video.path}"
             names = set(os.listdir(folder)) if folder.is_dir() else set()
             due = {FRAME.format(i + 1) for i in range(video.frames or 1)}
             if names != due:
@@ -392,7 +393,7 @@ def check(data_dir):
 def write_lines(path, lines):
     """Write a text file whole or not at all."""
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
-    part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
     os.replace(part, path)
 
 
@@ -407,17 +408,16 @@ def progress(what, done, total, started, last=[0.0]):
 def run_script(main):
     """Run a script's main and exit with what it returns; bad input is one line on stderr and status 2, no traceback."""
     try:
-        status = main()
+        sys.exit(main())
     except (ValueError, OSError) as error:
         line = str(error).strip().splitlines()[-1]  # a loader's worker puts its traceback and error name in front
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: {re.sub(r'^[A-Za-z]*Error: ', '', line)}", file=sys.stderr, flush=True)
         else:
             time.sleep(3)  # torchrun ends all processes as soon as one has: let the first one speak
-        status = 2
+        sys.exit(2)
     except KeyboardInterrupt:
-        status = 130
-    sys.exit(status)
+        sys.exit(130)
 
 
 def main():
@@ -437,13 +437,12 @@ def main():
     commands.add_parser("check", help="hold the lists against the frames").add_argument("data", metavar="DATA")
     args = parser.parse_args()
     if args.command == "toy":
-        draw_toy(args.out, args.videos, args.seed)
-    elif args.command == "extract":
-        whole, failed = extract(args.videos, args.out, args.split, args.list, args.format, args.workers)
-        print(f"{whole} videos whole, {failed} failed (listed in {args.out}/{args.split}_failed.txt)")
-        return 0 if whole else 2
-    else:
+        return draw_toy(args.out, args.videos, args.seed)
+    if args.command == "check":
         return 2 if check(args.data) else 0
+    whole, failed = extract(args.videos, args.out, args.split, args.list, args.format, args.workers)
+    print(f"{whole} videos whole, {failed} failed (listed in {args.out}/{args.split}_failed.txt)")
+    return 0 if whole else 2
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def fit_weights(scores, labels, rounds=50):
     model that helps the running sum most, the first of equals; the best round's counts win. Caruana and others 2004.
 
     AP asks for each of the P labels which classes score at least as high. A class that does so in every model, or in
-    none, does so under any weights: only the other pairs of label and class, a fraction of P x K, are compared again."""
+    none, does so under any weights: only the other pairs of label and class, a part of P x K, are compared again."""
     labels = np.asarray(labels).astype(bool)
     rows, columns = np.nonzero(labels)  # (P,)
     ahead = np.stack([model[rows] >= model[rows, columns][:, None] for model in scores])  # (M, P, K)
@@ -87,7 +87,7 @@ def fit_weights(scores, labels, rounds=50):
     true = np.flatnonzero(labels[rows[label], classes])  # the pairs of two labels
     first, first_true = (np.flatnonzero(np.diff(some, prepend=-1)) for some in (label, label[true]))  # (P,)
     fixed, hits, share = always.sum(1), (always & labels[rows]).sum(1), 1 / labels.sum(1)[rows]  # (P,)
-    lead, counts, found = np.zeros(len(label)), np.zeros(len(scores)), []  # lead: of the label over the class, so far
+    lead, counts, found = np.zeros(len(label)), np.zeros(len(scores)), []  # lead: of label over class, so far
     for _ in range(rounds):
         values = []  # of each model: the sum of all videos' AP if it joins
         for gap in gaps:
@@ -147,7 +147,7 @@ def main():
     ways = parser.add_mutually_exclusive_group()
     ways.add_argument("--weights", nargs="+", metavar="W", help="a number for each file, or FILE.json of --fit (equal)")
     ways.add_argument("--fit", action="store_true", help="fit them to the labels")
-    parser.add_argument("--out", metavar="FILE.npz", help="write the result, itself such a file; of --fit FILE.json too")
+    parser.add_argument("--out", metavar="FILE.npz", help="write the result, itself such a file (--fit: FILE.json)")
     parser.add_argument("--csv", metavar="FILE.csv", help="write the result as text: path,score_0,...")
     parser.add_argument("--failed", metavar="FILE", help="<split>_failed.txt: its videos get the mean row in FILE.csv")
     args = parser.parse_args()

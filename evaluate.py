@@ -59,28 +59,29 @@ def crop_places(width, height, crop, crops, rng=None):
     number at random. Report: 3 random ones; its authors' code takes these three."""
     if rng is not None:
         return [(int(rng.integers(width - crop + 1)), int(rng.integers(height - crop + 1))) for _ in range(crops)]
-    x, y = round((width - crop) / 2), round((height - crop) / 2)  # rounded as in torchvision
     if crops not in (1, 3):
         raise ValueError(f"--crops {crops}: 1, 3 or random")
-    return [(x, y)] if crops == 1 else [(0, y), (width - crop, y), (x, y)] if width >= height else [
-        (x, 0), (x, height - crop), (x, y)]
+    x, y = round((width - crop) / 2), round((height - crop) / 2)  # rounded as in torchvision
+    ends = [(0, y), (width - crop, y)] if width >= height else [(x, 0), (x, height - crop)]
+    return ends * (crops == 3) + [(x, y)]
 
 
 def make_protocol(recipe, name="clip", crops=None):
     """Which views a video is seen by: "clip", the recipe's one; "dense", its clips x crops at the first of its scales;
     "multiscale", at all of them (report). crops overrides the recipe's; "random": as many, at random places."""
-    scales = [(side, side) for side in recipe["scales"]][: None if name == "multiscale" else 1]
-    count = recipe["crops"] if crops in (None, "random") else int(crops)
     if name == "clip":
-        return {"name": name, "clips": 1, "crops": 1, "sizes": [(recipe["test_resize"], recipe["test_crop"])], "random": False}
-    return {"name": name, "clips": recipe["clips"], "crops": count, "sizes": scales, "random": crops == "random"}
+        clips, count, sizes = 1, 1, [(recipe["test_resize"], recipe["test_crop"])]
+    else:
+        clips, count = recipe["clips"], recipe["crops"] if crops in (None, "random") else int(crops)
+        sizes = [(side, side) for side in recipe["scales"]][: None if name == "multiscale" else 1]
+    return {"name": name, "clips": clips, "crops": count, "sizes": sizes, "random": crops == "random"}
 
 
 def test_views(read, num_frames, name, recipe, protocol):
     """All views of a video under a protocol: [(clip uint8 (T, crop, crop, 3), weight), ...], the weights summing to 1.
 
-    read: frame indices -> uint8 (n, h, w, 3), called once. Equal views are given once, with their number as weight: of a
-    short video many clips are the same. What is random is seeded by the video's name."""
+    read: frame indices -> uint8 (n, h, w, 3), called once. Equal views are given once, with their number as weight: in
+    a short video many clips are alike. What is random is seeded by the video's name."""
     length, stride, rng = recipe["frames"], recipe["stride"], np.random.default_rng(zlib.crc32(name.encode()))
     if recipe["sampling"] == "segments":  # the middles, then random ones; report: "5 random" along time
         clips = [data.segment_indices(num_frames, length, rng if i else None) for i in range(protocol["clips"])]
@@ -121,11 +122,15 @@ def predict(model, views, num_classes, recipe, device, batch=8, view_batch=16, w
     loader = torch.utils.data.DataLoader(mine, batch_size=batch, num_workers=workers, collate_fn=list)
     scores = torch.zeros(len(views), num_classes, device=device)
     problem, done, started, was_training = None, 0, time.time(), model.training
+
+    def size(view):
+        return view[0].shape
+
     model.eval()
     try:
         for items in loader:
-            flat = [(clip, row, weight) for row, some in items for clip, weight in some]
-            for _, group in itertools.groupby(sorted(flat, key=lambda view: view[0].shape), lambda view: view[0].shape):
+            flat = sorted(((clip, row, weight) for row, some in items for clip, weight in some), key=size)
+            for _, group in itertools.groupby(flat, key=size):  # one tensor holds views of one size
                 while chunk := list(itertools.islice(group, view_batch)):
                     clips, rows, weights = zip(*chunk)
                     clips = normalise(torch.stack(clips).to(device), recipe["mean"], recipe["std"])
@@ -133,7 +138,7 @@ def predict(model, views, num_classes, recipe, device, batch=8, view_batch=16, w
                         values = model(clips)
                     values = values.float()  # the sigmoid of half precision has few values near 1: they would tie
                     values = values if average == "logit" else values.sigmoid()
-                    weights = torch.tensor(weights, device=device)[:, None]
+                    weights = values.new_tensor(weights)[:, None]
                     scores.index_add_(0, torch.tensor(rows, device=device), values * weights)
             done += len(items)
             if what and rank == 0:
@@ -160,12 +165,11 @@ def multi_hot(videos, num_classes):
 
 
 def save_scores(path, paths, scores, labels, meta):
-    """scores.npz: paths (N,), scores (N, K) float32, labels (N, K) uint8 unless None, meta a JSON string. No pickles."""
-    part = Path(f"{path}.part-{os.getpid()}")
+    """scores.npz: paths (N,), scores (N, K) float32, labels (N, K) uint8 unless None, meta as JSON; no pickles."""
+    arrays = {"paths": np.array(paths), "scores": scores.astype(np.float32), "meta": json.dumps(meta)}
+    part = Path(f"{path}.part-{os.getpid()}.npz")
     try:
-        with open(part, "wb") as file:
-            np.savez_compressed(file, paths=np.array(paths), scores=scores.astype(np.float32), meta=json.dumps(meta),
-                                **({} if labels is None else {"labels": labels}))
+        np.savez_compressed(part, **arrays, **({} if labels is None else {"labels": labels}))
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -174,17 +178,14 @@ def save_scores(path, paths, scores, labels, meta):
 def print_metrics(scores, labels):
     """The report's metric on a line of its own, last; before it what helps to understand it."""
     if labels is None:
-        print("the list has no labels: scores, but no mAP")
-        return
-    precision, positives = average_precision(scores, labels), labels.any(1)
-    by_class = average_precision(scores.T[labels.any(0)], labels.T[labels.any(0)]).mean()
+        return print("the list has no labels: scores, but no mAP")
+    precision, some = average_precision(scores, labels), labels.any(1)
+    by_class = average_precision(scores.T[labels.any(0)], labels.T[labels.any(0)])
     top = np.argsort(-scores, axis=1, kind="stable")[:, :5]
-    hits = np.take_along_axis(labels, top, axis=1)[positives]
-    print(f"{len(scores)} videos, {(~positives).sum()} without labels (their AP counts as 0; "
-          f"over the others mAP {100 * precision[positives].mean():.2f})")
-    print(f"class-level mAP {100 * by_class:.2f}   top-1 hit {100 * hits[:, 0].mean():.2f}   "
-          f"top-5 hit {100 * hits.any(1).mean():.2f}")
-    print(f"mAP {100 * precision.mean():.2f}")
+    hits = np.take_along_axis(labels, top, axis=1)[some]
+    print(f"{len(scores)} videos, {(~some).sum()} without labels, whose AP counts as 0 (mAP of the others "
+          f"{100 * precision[some].mean():.2f})\nclass-level mAP {100 * by_class.mean():.2f}, top-1 hit rate "
+          f"{100 * hits[:, 0].mean():.2f}, top-5 {100 * hits.any(1).mean():.2f}\nmAP {100 * precision.mean():.2f}")
 
 
 NUMPY = [np.dtype, np.ndarray, np._core.multiarray.scalar, np._core.multiarray._reconstruct,
@@ -195,29 +196,26 @@ class ArraysOnly(pickle.Unpickler):
     """For PySlowFast's Caffe2 files: a pickle can run any code, this one makes numpy arrays and nothing else."""
 
     def find_class(self, module, name):
-        if (module, name) != ("_codecs", "encode") and not (
-                module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype", "scalar")):
-            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        if f"{module}.{name}" in ("_codecs.encode", "numpy.ndarray", "numpy.dtype") or re.fullmatch(
+                r"numpy\._?core\.multiarray\.(_reconstruct|scalar)", f"{module}.{name}"):
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
 
 
 def read_checkpoint(path):
     """What a checkpoint file holds: a torch file, numpy scalars included, or a Caffe2 pickle of arrays. ValueError for
     other files, and for one that asks for another Python object, which could run code."""
-    try:
-        with torch.serialization.safe_globals(NUMPY):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch lets through whatever the bytes did to it
-        first = str(error)
-    try:
-        with open(path, "rb") as file:
-            return ArraysOnly(file, encoding="latin1").load()
-    except Exception as error:
-        name = re.search(r"GLOBAL ([\w.]+)", first) or re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise ValueError(f"{path}: " + (f"asks for the Python object {name[1]}, which is refused: it could run code"
-                                        if name else "no checkpoint, or one that was cut short")) from None
+    problem = ""
+    for load in (lambda file: torch.load(file, map_location="cpu", weights_only=True),
+                 lambda file: ArraysOnly(file, encoding="latin1").load()):
+        with open(path, "rb") as file, torch.serialization.safe_globals(NUMPY):
+            try:
+                return load(file)
+            except Exception as error:  # either lets through whatever the bytes did to it
+                problem += str(error)
+    name = re.search(r"GLOBAL ([\w.]+)", problem)
+    raise ValueError(f"{path}: " + (f"asks for the Python object {name[1]}, which is refused: it could run code" if name
+                                    else "no checkpoint, or one that was cut short"))
 
 
 def convert(module, checkpoint, path):
@@ -229,8 +227,8 @@ def convert(module, checkpoint, path):
 
 
 def load_weights(module, recipe, checkpoint, path):
-    """A checkpoint of any layout that convert knows -> (model, its number of classes), by a strict load. Where shapes do
-    not fit, the ValueError names the recipe flags with which they would."""
+    """A checkpoint of any layout that convert knows -> (model, its number of classes), by a strict load. Where shapes
+    do not fit, a ValueError with the recipe flags by which they would."""
     state = convert(module, checkpoint, path)
     theirs = {(key, tuple(tensor.shape)) for key, tensor in state.items()}
 
@@ -252,8 +250,9 @@ def load_weights(module, recipe, checkpoint, path):
         model = module.build(recipe, num_classes)
         model.load_state_dict(state)
         return model, num_classes
-    problem, flags = "{} {} is only in {}".format(*min(misfits), "the file" if min(misfits) in theirs else "the network"), ""
-    own = re.findall(r'recipe\["(\w+)"\]', inspect.getsource(module.build))
+    key, shape = min(misfits)
+    problem = f"{path}: {key} {shape} is only in the {'file' if (key, shape) in theirs else 'network'}"
+    own, flags = re.findall(r'recipe\["(\w+)"\]', inspect.getsource(module.build)), ""
     values = [True, False, 3, 4, 5, 7, 8, 16, 18, 50, 101, 152, 200]  # what networks come in
     tries = [(key, value) for key in own for value in [*values, *(row[key] for row in module.RECIPES.values())]
              if type(value) is type(recipe[key])]
@@ -261,9 +260,9 @@ def load_weights(module, recipe, checkpoint, path):
         left, key, value = min(((attempt({**recipe, key: value})[1], key, value) for key, value in tries),
                                key=lambda one: len(one[0]))
         if len(left) >= len(misfits):
-            raise ValueError(f"{path}: {problem}, and no recipe flag makes it fit")
+            raise ValueError(f"{problem}, and no recipe flag makes it fit")
         recipe, misfits, flags = {**recipe, key: value}, left, f"{flags} {flag(key, value)}"
-    raise ValueError(f"{path}: {problem}; its tensors ask for{flags}")
+    raise ValueError(f"{problem}; its tensors ask for{flags}")
 
 
 def flag(key, value):
@@ -357,8 +356,8 @@ def toy_folder(rank):
 
 
 def open_video(file):
-    """A video file -> (read: frame indices -> uint8 (n, h, w, 3), its number of frames), with the pixels that extraction
-    would give; the disk is not touched."""
+    """A video file -> (read: frame indices -> uint8 (n, h, w, 3), its number of frames). The pixels are those that
+    extraction would give, but the disk is not touched."""
     stream, problem = data.ffmpeg(file, "-f", "image2pipe", "-c:v", "mjpeg", "-")
     frames = [jpeg + b"\xff\xd9" for jpeg in stream.split(b"\xff\xd9")[:-1]]  # the marker at a JPEG's end
     if problem or not frames:
@@ -404,7 +403,7 @@ def label_videos(args, score, recipe, protocol, categories):
 
 def main():
     source = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    source.add_argument("--checkpoint", metavar="FILE", help="one of our checkpoints: it names its model, recipe and classes")
+    source.add_argument("--checkpoint", metavar="FILE", help="one of ours, with its model, recipe and classes")
     source.add_argument("--model", metavar="NAME", help="with --weights: a model file beside this script, such as tin")
     source.add_argument("--weights", metavar="FILE", help="other people's weights, read by the model file's convert")
     source.add_argument("--recipe", metavar="ROW", help="with --weights: a row of its RECIPES (the first)")
@@ -413,11 +412,10 @@ def main():
                                      parents=[source], allow_abbrev=False)
     parser.add_argument("--data", metavar="DATA", help="a data folder (the toy, runs/toy)")
     parser.add_argument("--split", default="val", help="which of its lists (%(default)s)")
-    parser.add_argument("--protocol", choices=["clip", "dense", "multiscale"],
-                        help="views: one (the default), clips x crops, or that at all scales (the default with --clips, "
-                             "--crops or --scales)")
+    parser.add_argument("--protocol", choices=["clip", "dense", "multiscale"], help="views: one (the default), clips x "
+                        "crops, or these at all scales (the default with --clips, --crops or --scales)")
     parser.add_argument("--crops", help="crops per clip: 1, 3, or random, as many at random places (the recipe's)")
-    parser.add_argument("--average", default="prob", choices=["prob", "logit"], help="what is averaged over views (%(default)s)")
+    parser.add_argument("--average", default="prob", choices=["prob", "logit"], help="over views (%(default)s)")
     parser.add_argument("--out", metavar="FILE.npz", help="write paths, scores and labels there")
     parser.add_argument("--batch", type=int, default=8, help="videos loaded at once (%(default)s)")
     parser.add_argument("--view-batch", type=int, default=16, help="views in one forward pass (%(default)s)")
@@ -433,7 +431,7 @@ def main():
         if known.checkpoint:
             config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
             if not config:
-                raise ValueError(f"{path}: not one of our checkpoints; for other people's: --model NAME --weights {path}")
+                raise ValueError(f"{path}: not one of our checkpoints; others': --model NAME --weights {path}")
         module, recipe, notes = open_recipe(config["model"], known.recipe)
         recipe = config.get("recipe", recipe)
         add_recipe_flags(parser, recipe, notes)
@@ -461,8 +459,9 @@ def main():
     if rank == 0:
         labels = multi_hot(videos.videos, num_classes)
         if args.out:
-            meta = {"model": config["model"], "recipe": recipe, "checkpoint": path, "iteration": checkpoint.get("iteration"),
-                    "list": str(videos.list), "classes": num_classes, "protocol": {**protocol, "average": args.average},
+            meta = {"model": config["model"], "recipe": recipe, "checkpoint": path,
+                    "iteration": checkpoint.get("iteration"), "list": str(videos.list), "classes": num_classes,
+                    "protocol": {**protocol, "average": args.average},
                     "map": None if labels is None else sample_map(scores, labels)}
             save_scores(args.out, [video.path for video in videos.videos], scores, labels, meta)
         print_metrics(scores, labels)

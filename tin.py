@@ -69,7 +69,6 @@ def temporal_interlace(x, offsets, weights=None):
 
     y[b, t] = sum over s of max(0, 1 - |t - s - offset|) * x[b, s], times weights[b, g, t]: paper, section 3.
     x (B, T, C, H, W); offsets (B, G) in frames, positive moves content later; weights (B, G, T). Returns x's shape.
-
     One T x T matrix per group: under 0.6 % of ResNet-50's multiplications, and no kernel of its own, since the gradient
     of a product is known, to the offsets too (0 where an offset is exactly whole, a kink).
     """

@@ -240,7 +240,6 @@ def main():
     out = Path(args.out or f"runs/{args.model}")
     last, log = out / "last.pt", out / "log.jsonl"
     say = print if rank == 0 else (lambda *_, **__: None)
-
     videos = data.VideoList(folder, "train", recipe, train=True, seed=args.seed, skip_broken=args.skip_broken)
     views = functools.partial(evaluate.test_views, recipe=recipe, protocol=evaluate.make_protocol(recipe))
     val = data.VideoList(folder, "val", recipe, train=False, views=views)

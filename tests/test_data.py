@@ -763,17 +763,17 @@ def damage(folder, kind):
     elif kind == "size":
         Image.fromarray(noise(9, 40, 48, 3)).save(file, format="PNG")
     else:
-        noisy = Image.fromarray(noise(9, 36, 40, 3))
-        noisy.save(file, format="JPEG")
+        png = file.read_bytes()
+        Image.fromarray(noise(9, 36, 40, 3)).save(file, format="JPEG")
         whole = file.read_bytes()
         write(file, {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"not an image\n",
-                     "header": b"\x89PNG\r\n\x1a\n" + whole[:40]}[kind])
+                     "header": png[:8] + whole[:40], "chunk": png[:35] + b"\0" + png[36:]}[kind])
 
 
-@pytest.mark.parametrize("kind", ["folder", "missing", "truncated", "empty", "text", "header", "size"])
+@pytest.mark.parametrize("kind", ["folder", "missing", "truncated", "empty", "text", "header", "chunk", "size"])
 @pytest.mark.parametrize("train, augment", [(True, "multiscale"), (True, "jitter"), (False, "jitter")])
 def test_broken_frame_is_named(tmp_path, kind, train, augment):
-    """size: another than the other frames' of the video."""
+    """size: another than the other frames' of the video. chunk: a wrong length inside, Pillow's SyntaxError."""
     folder = folder_of(tmp_path, ["p 3 0", "", "q/r 3 1", "s 3 2"])
     damage(folder / "frames" / "q" / "r", kind)
     videos = data.VideoList(folder, "train", {**SEGMENTS, "augment": augment}, train=train)
