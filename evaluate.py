@@ -14,7 +14,6 @@ import functools
 import importlib
 import inspect
 import io
-import itertools
 import json
 import os
 import pickle
@@ -40,7 +39,7 @@ def average_precision(scores, labels):
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.shape != labels.shape or scores.ndim != 2:
         raise ValueError(f"scores {scores.shape} and labels {labels.shape} must both be (videos, classes)")
-    if np.isnan(scores).any() or not np.isin(labels, (0, 1)).all():
+    if np.isnan(scores).any() or not np.array_equal(labels, labels.astype(bool)):
         raise ValueError("a score is not a number" if np.isnan(scores).any() else "labels must be 0 or 1")
     labels = labels.astype(bool)
     rows, columns = np.nonzero(labels)
@@ -104,8 +103,19 @@ def test_views(read, num_frames, name, recipe, protocol):
 def normalise(clips, mean, std, channels_last=False):
     """uint8 (B, T, H, W, 3) -> float32 (B, T, 3, H, W) on the same device: scaled to 0..1, minus mean, over std."""
     mean, std = (torch.tensor(value, device=clips.device).view(3, 1, 1) for value in (mean, std))
-    clips = (clips.permute(0, 1, 4, 2, 3) / 255 - mean) / std
-    return clips if channels_last else clips.contiguous()  # the permuted order in memory is channels_last
+    clips = clips.permute(0, 1, 4, 2, 3)  # in memory still pixel by pixel, which is what channels_last means
+    return ((clips if channels_last else clips.contiguous()) / 255).sub_(mean).div_(std)
+
+
+def by_size(items):
+    """[(row, test_views), ...] of some videos -> (their number, [(clips (V, T, H, W, 3), rows (V,), weights (V,)), ...]
+    by size). Few tensors: each that a loader's worker sends takes a file handle, and many systems give it 1,024."""
+    groups = {}
+    for row, views in items:
+        for clip, weight in views:
+            groups.setdefault(clip.shape, []).append((clip, row, weight))
+    return len(items), [(torch.stack(clips), torch.tensor(rows), torch.tensor(weights))
+                        for clips, rows, weights in (zip(*group) for group in groups.values())]
 
 
 @torch.no_grad()
@@ -119,28 +129,21 @@ def predict(model, views, num_classes, recipe, device, batch=8, view_batch=16, w
     call the videos in lines on progress, None for no such lines."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = torch.utils.data.Subset(views, range(rank, len(views), world))
-    loader = torch.utils.data.DataLoader(mine, batch_size=batch, num_workers=workers, collate_fn=list)
+    loader = torch.utils.data.DataLoader(mine, batch_size=batch, num_workers=workers, collate_fn=by_size)
     scores = torch.zeros(len(views), num_classes, device=device)
     problem, done, started, was_training = None, 0, time.time(), model.training
-
-    def size(view):
-        return view[0].shape
-
     model.eval()
     try:
-        for items in loader:
-            flat = sorted(((clip, row, weight) for row, some in items for clip, weight in some), key=size)
-            for _, group in itertools.groupby(flat, key=size):  # one tensor holds views of one size
-                while chunk := list(itertools.islice(group, view_batch)):
-                    clips, rows, weights = zip(*chunk)
-                    clips = normalise(torch.stack(clips).to(device), recipe["mean"], recipe["std"])
+        for videos, groups in loader:
+            for clips, rows, weights in groups:
+                for some in torch.arange(len(clips)).split(view_batch):
+                    chunk = normalise(clips[some].to(device), recipe["mean"], recipe["std"])
                     with autocast or contextlib.nullcontext():
-                        values = model(clips)
+                        values = model(chunk)
                     values = values.float()  # the sigmoid of half precision has few values near 1: they would tie
                     values = values if average == "logit" else values.sigmoid()
-                    weights = values.new_tensor(weights)[:, None]
-                    scores.index_add_(0, torch.tensor(rows, device=device), values * weights)
-            done += len(items)
+                    scores.index_add_(0, rows[some].to(device), values * weights[some, None].to(device))
+            done += videos
             if what and rank == 0:
                 data.progress(what, done, len(mine), started)
     except OSError as error:  # of one process: all have to know
@@ -180,11 +183,11 @@ def print_metrics(scores, labels):
     if labels is None:
         return print("the list has no labels: scores, but no mAP")
     precision, some = average_precision(scores, labels), labels.any(1)
-    by_class = average_precision(scores.T[labels.any(0)], labels.T[labels.any(0)])
+    by_class = [average_precision(scores[:, [k]].T, labels[:, [k]].T)[0] for k in np.flatnonzero(labels.any(0))]
     top = np.argsort(-scores, axis=1, kind="stable")[:, :5]
     hits = np.take_along_axis(labels, top, axis=1)[some]
     print(f"{len(scores)} videos, {(~some).sum()} without labels, whose AP counts as 0 (mAP of the others "
-          f"{100 * precision[some].mean():.2f})\nclass-level mAP {100 * by_class.mean():.2f}, top-1 hit rate "
+          f"{100 * precision[some].mean():.2f})\nclass-level mAP {100 * np.mean(by_class):.2f}, top-1 hit rate "
           f"{100 * hits[:, 0].mean():.2f}, top-5 {100 * hits.any(1).mean():.2f}\nmAP {100 * precision.mean():.2f}")
 
 
@@ -207,7 +210,7 @@ def read_checkpoint(path):
     other files, and for one that asks for another Python object, which could run code."""
     problem = ""
     for load in (lambda file: torch.load(file, map_location="cpu", weights_only=True),
-                 lambda file: ArraysOnly(file, encoding="latin1").load()):
+                 lambda file: dict(ArraysOnly(file, encoding="latin1").load())):  # old torch files begin with a number
         with open(path, "rb") as file, torch.serialization.safe_globals(NUMPY):
             try:
                 return load(file)
@@ -232,17 +235,19 @@ def load_weights(module, recipe, checkpoint, path):
     state = convert(module, checkpoint, path)
     theirs = {(key, tuple(tensor.shape)) for key, tensor in state.items()}
 
-    def attempt(recipe):
+    def attempt(recipe, num_classes=None):
         """The file's number of classes, and all (key, shape) that it and a network of so many classes do not share."""
         try:
             with torch.device("meta"):  # shapes without memory
-                two, three = (module.build(recipe, n).state_dict() for n in (2, 3))
-                key, axis = next((key, axis) for key in two for axis, side in enumerate(two[key].shape)
-                                 if side != three[key].shape[axis])  # the side that grows with the classes
-                num_classes = state[key].shape[axis] if key in state and state[key].dim() == two[key].dim() else 2
-                ours = module.build(recipe, num_classes).state_dict()
+                if not num_classes:
+                    two, three = (module.build(recipe, n).state_dict() for n in (2, 3))
+                    key, axis = next((key, axis) for key in two for axis, side in enumerate(two[key].shape)
+                                     if side != three[key].shape[axis])  # the side that grows with the classes
+                    found = key in state and state[key].dim() == two[key].dim()
+                    num_classes = state[key].shape[axis] if found else None
+                ours = module.build(recipe, num_classes or 2).state_dict()
         except (ValueError, KeyError):  # no such network
-            return 0, theirs
+            return None, theirs
         return num_classes, theirs ^ {(key, tuple(tensor.shape)) for key, tensor in ours.items()}
 
     num_classes, misfits = attempt(recipe)
@@ -253,11 +258,12 @@ def load_weights(module, recipe, checkpoint, path):
     key, shape = min(misfits)
     problem = f"{path}: {key} {shape} is only in the {'file' if (key, shape) in theirs else 'network'}"
     own, flags = re.findall(r'recipe\["(\w+)"\]', inspect.getsource(module.build)), ""
-    values = [True, False, 3, 4, 5, 7, 8, 16, 18, 50, 101, 152, 200]  # what networks come in
-    tries = [(key, value) for key in own for value in [*values, *(row[key] for row in module.RECIPES.values())]
-             if type(value) is type(recipe[key])]
+    values = [True, False, 3, 4, 5, 7, 8, 16, 18, 50, 101, 152, 200, "resnet18", "resnet50", "resnet101"]
+    tries = dict.fromkeys(
+        (key, value) for key in own for value in [*values, *(row[key] for row in module.RECIPES.values())]
+        if type(value) is type(recipe[key]) and value != recipe[key])
     while misfits:  # take the value that mends most, again and again
-        left, key, value = min(((attempt({**recipe, key: value})[1], key, value) for key, value in tries),
+        left, key, value = min(((attempt({**recipe, key: value}, num_classes)[1], key, value) for key, value in tries),
                                key=lambda one: len(one[0]))
         if len(left) >= len(misfits):
             raise ValueError(f"{problem}, and no recipe flag makes it fit")
@@ -311,6 +317,8 @@ def check_recipe(recipe):
     for key in ("frames", "stride", "crop", "batch", "reference_batch", "epochs", "iterations", "test_crop", "clips"):
         if recipe.get(key, 1) < 1:
             raise ValueError(f"{flag(key, recipe[key])}: at least 1")
+    if min(recipe["scales"]) < 1:
+        raise ValueError(f"{flag('scales', recipe['scales'])}: at least 1")
     for key, short in (("test_crop", recipe["test_resize"]), ("crop", min(recipe["jitter"]))):
         if recipe[key] > short and (key == "test_crop" or recipe["augment"] == "jitter"):
             raise ValueError(f"{flag(key, recipe[key])}: larger than the short side it is cut from, {short}")
@@ -333,7 +341,10 @@ def start_process(device=None):
     """(rank, world, device) of this process, joined with the others where torchrun's environment names them."""
     rank, world, local = (int(os.environ.get(key, default)) for key, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device {device}: no kind of device that PyTorch knows") from None
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
             raise ValueError(f"--device cuda: process {local} has none of the {torch.cuda.device_count()} GPUs")
@@ -414,7 +425,8 @@ def main():
     parser.add_argument("--split", default="val", help="which of its lists (%(default)s)")
     parser.add_argument("--protocol", choices=["clip", "dense", "multiscale"], help="views: one (the default), clips x "
                         "crops, or these at all scales (the default with --clips, --crops or --scales)")
-    parser.add_argument("--crops", help="crops per clip: 1, 3, or random, as many at random places (the recipe's)")
+    parser.add_argument("--crops", choices=["1", "3", "random"],
+                        help="crops per clip (the recipe's); random: the recipe's number, at random places")
     parser.add_argument("--average", default="prob", choices=["prob", "logit"], help="over views (%(default)s)")
     parser.add_argument("--out", metavar="FILE.npz", help="write paths, scores and labels there")
     parser.add_argument("--batch", type=int, default=8, help="videos loaded at once (%(default)s)")
@@ -430,7 +442,7 @@ def main():
         checkpoint = read_checkpoint(path)
         if known.checkpoint:
             config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
-            if not config:
+            if not isinstance(config, dict) or not {"model", "recipe"} <= config.keys():
                 raise ValueError(f"{path}: not one of our checkpoints; others': --model NAME --weights {path}")
         module, recipe, notes = open_recipe(config["model"], known.recipe)
         recipe = config.get("recipe", recipe)
@@ -442,6 +454,12 @@ def main():
     recipe = check_recipe({**recipe, **given})
     free = args.crops or {"clips", "scales"} & set(given)
     protocol = make_protocol(recipe, args.protocol or ("multiscale" if free else "clip"), args.crops)
+    for name in ("batch", "view_batch", "top"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    for file in filter(None, (args.out, args.picture)):
+        if not Path(file).absolute().parent.is_dir():
+            raise ValueError(f"{file}: there is no such folder")
     rank, _, device = start_process(args.device)
     model, num_classes = load_weights(module, recipe, checkpoint, path)
     model.to(device)
@@ -464,6 +482,8 @@ def main():
                     "protocol": {**protocol, "average": args.average},
                     "map": None if labels is None else sample_map(scores, labels)}
             save_scores(args.out, [video.path for video in videos.videos], scores, labels, meta)
+        if videos.left_out:
+            print(f"{videos.left_out} lines of {videos.list} left out (repeated, or no frames)")
         print_metrics(scores, labels)
 
 

@@ -8,8 +8,8 @@ Report: arXiv 2003.05837, Table 2. Paper: Feichtenhofer et al., "SlowFast Networ
     slow, 64 channels     x               x               x               every alpha-th, here 4th: what things are
     a lateral                     [____ k = 5 ____]                       what slow frame 4 is told by the fast ones
 
-Before each of the four stages a lateral, a convolution over k fast frames, adds a quarter to the slow channels. Time is
-never strided or pooled: either pathway ends in a mean over its frames and pixels, and the classifier sees both means.
+Before each of the four stages a lateral, a convolution over k fast frames, adds a quarter to the slow channels. Within
+a pathway all frames stay to the end; the classifier sees each pathway's mean over its frames and pixels.
 In time the fast pathway's kernels span 5 frames (stem) and 3 (every block), the slow one's 3 (the last two stages).
 
 B clips, T fast frames, C channels, H height, W width, K classes, D features (2048 of slow and 256 of fast).

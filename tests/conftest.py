@@ -59,8 +59,8 @@ def drawn_clip(shape, seed):
 
 
 def golden(name):
-    """The case tests/golden/NAME.npz: .module, .options (of our model's constructor), .checkpoint (the authors' file, as
-    read), .clip, and .arrays, of which "logits" is their answer."""
+    """The case tests/golden/NAME.npz: .module, .options (of our constructor), .checkpoint (the authors' file, as read),
+    .clip, and .arrays, of which "logits" is their answer."""
     with np.load(ROOT / "tests" / "golden" / f"{name}.npz") as file:
         arrays = dict(file)
     meta = json.loads(str(arrays.pop("meta")))

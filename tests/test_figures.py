@@ -79,7 +79,8 @@ def without_a_shift(x, *_):
 OTHER_OPERATORS = {
     "TSN takes the best frame": (0, tsn.TSN, "forward", lambda self, clip: self.fc(self.features(clip)).amax(dim=1)),
     "TSM does not shift": (1, tsm, "temporal_shift", without_a_shift),
-    "TSM shifts the other way": (1, tsm, "temporal_shift", lambda x, shift=tsm.temporal_shift: shift(x.flip(1)).flip(1)),
+    "TSM shifts the other way": (
+        1, tsm, "temporal_shift", lambda x, shift=tsm.temporal_shift: shift(x.flip(1)).flip(1)),
     "TIN does not interlace": (2, tin, "temporal_interlace", without_a_shift),
     "TIN interlaces the other way": (
         2, tin, "temporal_interlace", lambda x, o, *w, move=tin.temporal_interlace: move(x, -o, *w)),

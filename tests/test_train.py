@@ -526,6 +526,7 @@ def test_print_recipe_tells_what_was_given(monkeypatch, capsys):
 
 TINY = '''"""A network of two layers, during whose passes things happen."""
 import os
+import subprocess
 
 import torch
 import torch.nn as nn
@@ -555,8 +556,10 @@ class Tiny(nn.Module):
         if os.environ.get("SIGNAL_AT") == place and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             if "SIGNAL" not in os.environ:
                 raise RuntimeError("out of memory")
-            send = os.killpg if os.environ.get("TO_GROUP") else os.kill  # the group: the loader's workers too
-            send(os.getpid(), int(os.environ["SIGNAL"]))
+            if os.environ.get("TO_GROUP"):  # the loader's workers too, and not from their parent
+                subprocess.run(["sh", "-c", "kill -" + os.environ["SIGNAL"] + " 0"])
+            else:
+                os.kill(os.getpid(), int(os.environ["SIGNAL"]))
         x = torch.relu(self.norm(self.conv(clip.flatten(0, 1)))).mean((2, 3))
         return self.fc(self.dropout(x)).unflatten(0, clip.shape[:2]).mean(1)
 
@@ -571,7 +574,7 @@ def convert(checkpoint):
 STEPS = 24  # of six epochs
 LIMIT = 60  # seconds until a run that hangs is killed
 PROCESSES = multiprocessing.get_context("forkserver")  # one that has imported torch already: 1 s a run, not 5
-PROCESSES.set_forkserver_preload(["pytest", "torchvision", "torch.distributed.run", "torch.utils.data", "PIL.Image"])
+PROCESSES.set_forkserver_preload(["pytest", "torchvision", "torch.distributed.launcher.api", "PIL.Image"])
 
 
 def enter(house, command, environ, out, kill_after):
@@ -615,24 +618,31 @@ def killer(after, file):
 class Run:
     """`python COMMAND` in the folder `house`, as so many processes with what torchrun would tell them."""
 
+    numbers = itertools.count()
+
     def __init__(self, house, *command, processes=1, kill_after=None, **environ):
-        Run.number = getattr(Run, "number", 0) + 1
         self.files, self.processes = [], []
+        if processes > 1:  # as torchrun's agent does, which outlives its workers
+            self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            environ |= dict(WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=self.store.port,
+                            TORCHELASTIC_USE_AGENT_STORE=True)
         for rank in range(processes):
-            joined = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=free_port() if rank == 0 else joined["MASTER_PORT"]) if processes > 1 else {}
-            self.files.append(house / f"printed-{Run.number}-{rank}")
+            if processes > 1:
+                environ |= dict(RANK=rank, LOCAL_RANK=rank)
+            self.files.append(house / f"printed-{next(Run.numbers)}-{rank}")
             self.processes.append(PROCESSES.Process(target=enter, args=(
-                house, command, {key: str(value) for key, value in {**environ, **joined}.items()}, self.files[-1], kill_after)))
+                house, command, {key: str(value) for key, value in environ.items()}, self.files[-1], kill_after)))
             self.processes[-1].start()
 
     def wait(self):
         """The exit statuses, what the first process printed, and all lines of all errors."""
         for process in self.processes:
             process.join(LIMIT)
-            if process.is_alive():
-                process.kill()
         out, err = ([Path(f"{file}.{name}").read_text() for file in self.files] for name in ("out", "err"))
+        if hanging := [process for process in self.processes if process.is_alive()]:
+            for process in hanging:
+                os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"{len(hanging)} of {len(self.processes)} processes hang after {LIMIT} s; {out} {err}")
         return SimpleNamespace(status=[process.exitcode for process in self.processes], out=out[0],
                                err=[line for text in err for line in text.splitlines()])
 
@@ -785,7 +795,8 @@ def test_batch_is_the_same_however_it_is_split(house):
         first = first or last
         for key, value in last["model"].items():
             torch.testing.assert_close(value, first["model"][key], rtol=0, atol=1e-6)
-        assert log(house, out)[0]["loss"] == pytest.approx(log(house, "split-1-1")[0]["loss"], rel=1e-5)
+        losses = [next(line["loss"] for line in log(house, name) if "loss" in line) for name in (out, "split-1-1")]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 # Killed, stopped, and gone on with.
@@ -896,7 +907,10 @@ def test_stopped_by_a_signal(house, straight, number, processes, workers, place)
 def test_stopped_by_a_signal_to_the_loaders_too(house, number, place, step):
     """Ctrl-C in a terminal, or a cluster's scheduler, reaches every process: no loader's worker may spoil the end."""
     out = f"group-{int(number)}-{step}"
-    run = training(house, out, "--workers", "2", SIGNAL_AT=place, SIGNAL=int(number), TO_GROUP=1)
+    videos = (house / "toy" / "train.txt").read_text().splitlines()
+    more = videos + [f"./{line}" for line in videos]  # more than workers fetch ahead
+    other_data(house, "long", lambda split, lines: lines + more if split == "val" else lines)
+    run = training(house, out, "--data", "long", "--workers", "2", SIGNAL_AT=place, SIGNAL=int(number), TO_GROUP=1)
     assert run.status == [128 + number], run.err
     assert f"stopped after step {step} of {STEPS}" in run.out.splitlines()[-1]
     assert checkpoint(house, out)["iteration"] == step

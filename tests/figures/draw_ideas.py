@@ -2,8 +2,8 @@
 
     python tests/figures/draw_ideas.py
 
-For every frame an impulse, 1 in all channels of that frame and 0 elsewhere, goes through the operator. Where it arrives,
-there the frame's colour is drawn, as wide as its weight. No arrow is drawn by hand: another operator is another picture.
+For every frame an impulse, 1 in all channels of that frame and 0 elsewhere, goes through the operator. Where it
+arrives, there the frame's colour is drawn, as wide as its weight: another operator is another picture.
 """
 import sys
 from pathlib import Path
@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import slowfast
-import trn
 import tin
+import trn
 import tsm
 import tsn
 
@@ -72,8 +72,8 @@ def slowfast_arrivals():
     fast, slow = (seen[name].amax(dim=(1, 3, 4)) for name in ("fast", "slow"))  # (s, frame of the pathway)
     torch.nn.init.ones_(net.fuse[0].conv.weight)
     told = net.fuse[0](torch.zeros(16, 0, 4, 1, 1), impulses(16, 8).transpose(1, 2)).amax(dim=(1, 3, 4))
-    return [in_place(x) for x in (fast.amax(dim=1, keepdim=True), slow.amax(dim=1, keepdim=True), told.clamp(max=1))] + [
-        slow.argmax(dim=0).tolist()]
+    rows = fast.amax(dim=1, keepdim=True), slow.amax(dim=1, keepdim=True), told.clamp(max=1)
+    return [in_place(x) for x in rows] + [slow.argmax(dim=0).tolist()]
 
 
 def in_place(arrivals):
@@ -82,7 +82,7 @@ def in_place(arrivals):
 
 
 class Panel:
-    """One fifth of the picture: a title, a grid of cells with frames' colours, words. Coordinates are the panel's own."""
+    """One fifth of the picture: title, caption, grids of cells with frames' colours. Coordinates are the panel's."""
 
     def __init__(self, image, number, words):
         self.image, self.draw, self.left, self.words = image, ImageDraw.Draw(image), number * PANEL, words
@@ -162,17 +162,18 @@ def picture(words=True):
         top += height + 7
 
     panel, (fast, slow, told, picked) = panels[4], slowfast_arrivals()
-    panel.caption("SlowFast", "fast: all frames, few channels\nslow: every 4th, many channels,\ntold by 5 fast frames each")
+    panel.caption(
+        "SlowFast", "fast: all frames, few channels\nslow: every 4th, many channels,\ntold by 5 fast frames each")
     panel.axes("")
-    for what, arrivals, top, height in (
-            ("fast sees", fast, TOP + 18, 20), ("slow sees", slow, TOP + 66, 44), ("slow is told", told, TOP + 138, 28)):
+    for what, arrivals, top, height in (("fast sees", fast, TOP + 18, 20), ("slow sees", slow, TOP + 66, 44),
+                                        ("slow is told", told, TOP + 138, 28)):
         panel.write(LEFT, top - 11, what, 12, GREY)
         panel.grid(arrivals, top, width=12, height=height)
     for n, frame in enumerate(picked):
         panel.write(LEFT - 6, TOP + 151 + 28 * n, LETTERS[frame], 12, GREY, "rm")
 
-    panels[0].write(LEFT, 404, "A colour is the frame that a value came from, its width in the cell that frame's weight; "
-                    "grey: zero, nothing arrives.", 13, GREY)
+    panels[0].write(LEFT, 404, "A colour is the frame that a value came from, its width in the cell that frame's "
+                    "weight; grey: zero, nothing arrives.", 13, GREY)
     return image
 
 
