@@ -9,6 +9,7 @@ A video's views (clips in time, crops in space, scales) are scored one by one an
 video is scored by exactly one process. N videos, K classes, B clips, T frames, H, W pixels.
 """
 import argparse
+import atexit
 import contextlib
 import functools
 import importlib
@@ -352,6 +353,7 @@ def start_process(device=None):
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     return rank, world, device
 
 

@@ -137,7 +137,7 @@ def order_blind_ceiling(videos):
     best = []
     for pair in pairs:
         union = sorted({*pair[0], *pair[1]})
-        orders = np.array(list(itertools.permutations(range(len(union)))))  # all ways to score the labels of both
+        orders = np.array(list(itertools.product(range(len(union)), repeat=len(union))))  # ties too: they can help
         ap = [evaluate.average_precision(orders, np.tile(np.isin(union, own), (len(orders), 1))) for own in pair]
         best.append(np.mean(ap, axis=0).max())
     return float(np.mean(best))
@@ -330,12 +330,17 @@ def main():
     def write(*names):
         """Write the run's state under these names; never one whose gradients were not finite."""
         stop_if_not_finite()
+        problem = ""
         if rank == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                      "epoch": done // steps, "iteration": done, "best_map": best, "config": config,
                      "class_counts": counts.tolist()}
-            for name in names:
-                save(out / name, state)
+            try:
+                for name in names:
+                    save(out / name, state)
+            except OSError as error:
+                problem = str(error)
+        raise_together(problem)
 
     def stop_if_not_finite():
         if world > 1:
@@ -365,21 +370,18 @@ def main():
         except OSError as error:
             problem = str(error)
         waited += time.time() - asked
-        signals = torch.tensor([len(problem) > 0, bool(stopped_by)], dtype=torch.int)
+        signals = torch.tensor([len(problem) > 0, *(stopped_by or [0])[:1]], dtype=torch.int)
         if world > 1:
             dist.all_reduce(signals, dist.ReduceOp.MAX)  # all processes leave together, or none
         if signals[0]:
-            problems = [problem] * world
-            if world > 1:
-                dist.all_gather_object(problems, problem)
-            raise OSError(next(filter(None, problems)))
+            raise_together(problem)
         if signals[1]:
             write("last.pt")
             say(f"stopped after step {done} of {total}; the same command with --resume goes on from {last}")
-            return 128 + (stopped_by or [signal.SIGTERM])[0]
+            return 128 + int(signals[1])
 
         torch.manual_seed(int(np.random.SeedSequence([args.seed, iteration, rank]).generate_state(1)[0]))
-        rate = learning_rate(iteration, total, recipe)
+        rate = learning_rate(iteration, total, {"epochs": total / steps, **recipe})
         for group in optimizer.param_groups:
             group["lr"] = rate
         for part, (clip, labels, _) in enumerate(clips, 1):
@@ -416,16 +418,18 @@ def main():
             loss_sum.zero_()
             window, waited, since = 0, 0.0, time.time()
         if done % steps == 0 or done == total:
-            paused = time.time()
-            if world > 1:  # each process has its own running means: what is scored must be what is saved
-                for buffer in model.buffers():
+            stop_if_not_finite()
+            paused, replaced = time.time(), torch.tensor(skipped)
+            if world > 1:
+                dist.all_reduce(replaced)
+                for buffer in model.buffers():  # each process has its own running means: the scored must be the saved
                     dist.broadcast(buffer, 0)
             scores = evaluate.predict(model, val, len(val.categories), recipe, device, workers=args.workers,
                                       autocast=autocast())
             score = evaluate.sample_map(scores, val_labels)
             record({"epoch": -(-done // steps), "step": done, "val_map": score})
             say(f"epoch {-(-done // steps)}  val mAP {100 * score:.2f}"
-                + (f"  ({skipped} broken videos replaced)" if args.skip_broken else ""), flush=True)
+                + (f"  ({int(replaced)} broken videos replaced)" if args.skip_broken else ""), flush=True)
             names = ["best.pt", "last.pt"] if score > best else ["last.pt"]  # best first: a kill between repeats both
             best, skipped = max(best, score), 0
             write(*names)
@@ -439,10 +443,20 @@ def main():
         + (f" order-blind ceiling {100 * ceiling:.2f}" if ceiling is not None else ""))
 
 
+def raise_together(problem):
+    """An OSError in every process if one of them has a problem, a text; else nothing."""
+    problems = [problem]
+    if dist.is_initialized():
+        problems *= dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    if any(problems):
+        raise OSError(next(filter(None, problems)))
+
+
 def ignore_signals(_):
-    """A loader's worker leaves being stopped to the training process, which finishes its step first."""
+    """A loader's worker leaves Ctrl-C to the training process, which finishes its step first. (Not so SIGTERM, by which
+    that process ends its workers.)"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

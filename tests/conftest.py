@@ -21,6 +21,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "torture: many kills of a training run; TORTURE=1 runs them")
+
+
 def drawn_tensors(shapes, seed):
     """{name: shape} -> {name: tensor}, each depending only on the seed, its own name and its shape."""
     tensors = {}

@@ -193,7 +193,7 @@ def test_a_list_without_labels_has_no_map(capsys):
     (256, 340, 224, 3, [(16, 0), (16, 116), (16, 58)]),
     (340, 256, 224, 1, [(58, 16)]),
     (256, 340, 224, 1, [(16, 58)]),
-    (171, 128, 112, 1, [(30, 8)]),  # 29.5, rounded as Python and torchvision do, to even
+    (171, 169, 112, 1, [(30, 28)]),  # 29.5 and 28.5, rounded as Python and torchvision do, to even
     (170, 128, 128, 3, [(0, 0), (42, 0), (21, 0)]),
 ])
 def test_places_of_crops(width, height, crop, crops, places):
@@ -627,14 +627,14 @@ def test_torch_files_with_numpy_numbers_are_read(tmp_path, zipped):
     assert read["array"].tolist() == [0, 1, 2]
 
 
-class Touch:
-    """What runs a command when it is unpickled."""
+class Call:
+    """What calls a function when it is unpickled."""
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, *call):
+        self.call = call
 
     def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
+        return self.call[0], self.call[1:]
 
 
 def global_pickle(module, name):
@@ -651,12 +651,12 @@ def global_pickle(module, name):
     (lambda path, bomb: torch.save({"args": pathlib.PurePosixPath("x")}, path), "pathlib"),
     (lambda path, bomb: path.write_bytes(global_pickle("builtins", "eval")), "eval"),
     (lambda path, bomb: path.write_bytes(global_pickle("__builtin__", "eval")), "eval"),
-    (lambda path, bomb: path.write_bytes(global_pickle("numpy", "load")), "numpy.load"),
+    (lambda path, bomb: path.write_bytes(pickle.dumps(Call(np.savetxt, f"{path}.touched", [0]), 2)), "numpy.savetxt"),
     (lambda path, bomb: path.write_bytes(global_pickle("numpy.testing", "ndarray")), "numpy.testing.ndarray"),
     (lambda path, bomb: path.write_bytes(global_pickle("numpy.core.multiarray", "fromfile")), "multiarray.fromfile"),
 ])
 def test_files_that_could_run_code_are_refused_and_do_not(tmp_path, write, name):
-    write(tmp_path / "file.pth", Touch(tmp_path / "touched"))
+    write(tmp_path / "file.pth", Call(os.system, f"touch {tmp_path}/touched"))
     with pytest.raises(ValueError, match=rf"file\.pth: asks for the Python object \S*{name}\S*, which is refused"):
         evaluate.read_checkpoint(tmp_path / "file.pth")
     assert os.listdir(tmp_path) == ["file.pth"]
@@ -923,6 +923,7 @@ def spoiled_files(lab):
     torch.save({"config": {"lr": 1}, "model": {}}, "other.pth")
     torch.save({"config": {"model": "none", "recipe": lab.recipe}, "model": {}}, "gone.pth")
     torch.save({"weights": {"a": torch.zeros(1)}}, "weights.pth")
+    torch.save(evaluate.read_checkpoint(lab.checkpoint)["model"], "ours.pth")
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -950,7 +951,8 @@ def spoiled_files(lab):
     ("--checkpoint CKPT --data TOY --workers -1", "workers"),
     ("--checkpoint CKPT --data TOY --device nothing", "--device nothing"),
     ("--checkpoint CKPT --data TOY --out none/scores.npz", "none/scores.npz"),
-    ("--checkpoint CKPT --video none.mp4", "none.mp4: "),
+    pytest.param("--checkpoint CKPT --video none.mp4", "none.mp4: ", marks=needs_ffmpeg),
+    ("--model tiny --weights ours.pth --data eleven --video x", "knows 10 classes, eleven/categories.txt names 11"),
 ])
 def test_bad_input_is_one_line(lab, run, flags, says):
     spoiled_files(lab)
@@ -1035,6 +1037,12 @@ def test_labels_of_good_videos_and_one_line_for_each_bad_one(lab, run, clips):
         labels = [re.fullmatch(r" *(\d+\.\d\d) %  (.+)", line).groups() for line in lines[start + 1 : start + 4]]
         assert all(name in data.TOY_CATEGORIES for _, name in labels)
         assert labels == sorted(labels, key=lambda label: -float(label[0]))
+
+
+def test_a_missing_ffmpeg_is_told(lab, run, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    status, lines, err = run("--checkpoint", lab.checkpoint, "--video", "x.mp4", "y.mp4")
+    assert status == 2 and not lines and all("the program ffmpeg is missing" in line for line in err) and err
 
 
 @needs_ffmpeg
