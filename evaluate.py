@@ -19,6 +19,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import sys
 import time
 import zlib
@@ -394,6 +395,8 @@ def draw_picture(seen):
 
 def label_videos(args, score, recipe, protocol, categories):
     """--video: print the labels of each file; the exit status. score: views -> (K,) probabilities."""
+    if shutil.which("ffmpeg") is None:
+        raise ValueError("the program ffmpeg is missing; Debian: apt install ffmpeg, macOS: brew install ffmpeg")
     seen, found = [], []
     for file in args.video:
         try:
@@ -469,6 +472,8 @@ def main():
                               view_batch=args.view_batch, average=args.average)
     if args.video:
         categories = config.get("categories") or (data.read_categories(args.data) if args.data else range(num_classes))
+        if len(categories) != num_classes:
+            raise ValueError(f"{path} knows {num_classes} classes, {args.data}/categories.txt names {len(categories)}")
         return label_videos(args, lambda views: score([(0, views)])[0], recipe, protocol, categories)
     folder = args.data or toy_folder(rank)
     views = functools.partial(test_views, recipe=recipe, protocol=protocol)
