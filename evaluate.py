@@ -9,7 +9,6 @@ A video's views (clips in time, crops in space, scales) are scored one by one an
 video is scored by exactly one process. N videos, K classes, B clips, T frames, H, W pixels.
 """
 import argparse
-import atexit
 import contextlib
 import functools
 import importlib
@@ -354,7 +353,6 @@ def start_process(device=None):
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
     return rank, world, device
 
 
@@ -492,6 +490,8 @@ def main():
         if videos.left_out:
             print(f"{videos.left_out} lines of {videos.list} left out (repeated, or no frames)")
         print_metrics(scores, labels)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
