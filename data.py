@@ -18,6 +18,7 @@ import concurrent.futures
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -235,6 +236,19 @@ class VideoList(torch.utils.data.Dataset):
             except OSError as error:
                 problem = OSError(f"{self.list}:{numbered_list(self.list)[path][0]}: {error}")
         raise problem
+
+
+def normalise(clips, mean, std, channels_last=False):
+    """uint8 (B, T, H, W, 3) -> float32 (B, T, 3, H, W) on the same device: scaled to 0..1, minus mean, over std."""
+    mean, std = (torch.tensor(value, device=clips.device).view(3, 1, 1) for value in (mean, std))
+    clips = clips.permute(0, 1, 4, 2, 3)  # in memory still pixel by pixel, which is what channels_last means
+    return ((clips if channels_last else clips.contiguous()) / 255).sub_(mean).div_(std)
+
+
+def ignore_signals(_):
+    """A loader's worker leaves Ctrl-C and SIGTERM to its main process, which finishes its step and then ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 TOY_CATEGORIES = ["moving+right", "moving+left", "moving+down", "moving+up", "moving+down+right", "moving+up+left",

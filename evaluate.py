@@ -101,13 +101,6 @@ def test_views(read, num_frames, name, recipe, protocol):
     return [(clip, count / total) for clip, count in views.values()]
 
 
-def normalise(clips, mean, std, channels_last=False):
-    """uint8 (B, T, H, W, 3) -> float32 (B, T, 3, H, W) on the same device: scaled to 0..1, minus mean, over std."""
-    mean, std = (torch.tensor(value, device=clips.device).view(3, 1, 1) for value in (mean, std))
-    clips = clips.permute(0, 1, 4, 2, 3)  # in memory still pixel by pixel, which is what channels_last means
-    return ((clips if channels_last else clips.contiguous()) / 255).sub_(mean).div_(std)
-
-
 def by_size(items):
     """[(row, test_views), ...] of some videos -> (their number, [(clips (V, T, H, W, 3), rows (V,), weights (V,)), ...]
     by size). Few tensors: each that a loader's worker sends takes a file handle, and many systems give it 1,024."""
@@ -130,7 +123,8 @@ def predict(model, views, num_classes, recipe, device, batch=8, view_batch=16, w
     call the videos in lines on progress, None for no such lines."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = torch.utils.data.Subset(views, range(rank, len(views), world))
-    loader = torch.utils.data.DataLoader(mine, batch_size=batch, num_workers=workers, collate_fn=by_size)
+    loader = torch.utils.data.DataLoader(mine, batch_size=batch, num_workers=workers, collate_fn=by_size,
+                                         worker_init_fn=data.ignore_signals)
     scores = torch.zeros(len(views), num_classes, device=device)
     problem, done, started, was_training = None, 0, time.time(), model.training
     model.eval()
@@ -138,7 +132,7 @@ def predict(model, views, num_classes, recipe, device, batch=8, view_batch=16, w
         for videos, groups in loader:
             for clips, rows, weights in groups:
                 for some in torch.arange(len(clips)).split(view_batch):
-                    chunk = normalise(clips[some].to(device), recipe["mean"], recipe["std"])
+                    chunk = data.normalise(clips[some].to(device), recipe["mean"], recipe["std"])
                     with autocast or contextlib.nullcontext():
                         values = model(chunk)
                     values = values.float()  # the sigmoid of half precision has few values near 1: they would tie

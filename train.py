@@ -354,7 +354,7 @@ def main():
         signal.signal(number, lambda number, _: stopped_by.append(number))
     loader = torch.utils.data.DataLoader(
         videos, batch_sampler=batches(len(videos), batch, args.seed, start, total, rank, world, args.accumulate),
-        num_workers=args.workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+        num_workers=args.workers, pin_memory=device.type == "cuda", worker_init_fn=data.ignore_signals)
     stream = iter(loader) if start < total else None
     wanted = batches(len(videos), batch, args.seed, start, total, rank, world, args.accumulate)
     bad_step = torch.tensor(total, device=device)  # the first step whose gradient was not finite
@@ -388,7 +388,7 @@ def main():
             clip, labels = clip.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             with net.no_sync() if world > 1 and part < args.accumulate else contextlib.nullcontext():
                 with autocast():
-                    logits = net(evaluate.normalise(clip, recipe["mean"], recipe["std"], args.channels_last))
+                    logits = net(data.normalise(clip, recipe["mean"], recipe["std"], args.channels_last))
                 loss = criterion(logits, labels) / args.accumulate  # in float32, outside autocast
                 scaler.scale(loss).backward()
             loss_sum += loss.detach()
@@ -453,12 +453,6 @@ def raise_together(problem):
         dist.all_gather_object(problems, problem)
     if any(problems):
         raise OSError(next(filter(None, problems)))
-
-
-def ignore_signals(_):
-    """A loader's worker leaves Ctrl-C to the training process, which finishes its step first. (Not so SIGTERM, by which
-    that process ends its workers.)"""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

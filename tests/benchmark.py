@@ -122,7 +122,7 @@ def training_step(model, recipe, forward=None, device="cpu", half=None, layout=t
     def step(batch):
         clip, labels = (x.to(device, non_blocking=True) for x in batch)
         with torch.autocast(device, half, enabled=half is not None):
-            logits = forward(evaluate.normalise(clip, recipe["mean"], recipe["std"], layout != torch.contiguous_format))
+            logits = forward(data.normalise(clip, recipe["mean"], recipe["std"], layout != torch.contiguous_format))
         criterion(logits, labels).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe["clip_grad"] or float("inf"))
         optimizer.step()

@@ -442,7 +442,7 @@ class Pixels(torch.nn.Module):
 def test_rows_are_put_together_bit_for_bit(lab):
     protocol = evaluate.make_protocol(lab.recipe)
     videos = video_list(lab, lab.recipe, protocol)
-    expected = np.stack([evaluate.normalise(videos[row][1][0][0][None], lab.recipe["mean"], lab.recipe["std"])
+    expected = np.stack([data.normalise(videos[row][1][0][0][None], lab.recipe["mean"], lab.recipe["std"])
                          [0, 1, 1, 3, :10].sigmoid() for row in range(7)])
     for options in (dict(batch=1, view_batch=1), dict(batch=3, view_batch=2), dict(batch=8, workers=2)):
         ours = evaluate.predict(Pixels(), videos, 10, lab.recipe, CPU, **options)
@@ -473,7 +473,7 @@ def test_half_precision_logits_become_float32_probabilities(lab, kind):
     protocol, recipe = evaluate.make_protocol(lab.recipe), {**lab.recipe, "std": (0.02, 0.02, 0.02)}  # logits up to 20
     videos = video_list(lab, recipe, protocol)
     ours = evaluate.predict(Pixels(kind), videos, 10, recipe, CPU)
-    logits = [evaluate.normalise(videos[row][1][0][0][None], recipe["mean"], recipe["std"])[0, 1, 1, 3, :10]
+    logits = [data.normalise(videos[row][1][0][0][None], recipe["mean"], recipe["std"])[0, 1, 1, 3, :10]
               for row in range(7)]
     np.testing.assert_array_equal(ours, torch.stack(logits).to(kind).float().sigmoid().numpy())
     assert len(np.unique(ours[ours > 0.999])) > len(np.unique(torch.from_numpy(ours[ours > 0.999]).to(kind).float()))
