@@ -7,7 +7,7 @@
 A data folder:
     categories.txt                   one name a line: the line number, from 0, is the label's id
     train.txt  val.txt  [test.txt]   path num_frames label[,label...]      (label -1: unlabelled)
-    frames/<path>/img_00001.jpg ...
+    frames/<path>/img_00001.jpg ...  or, from extract --pack, frames/<path>.zip with these in it
 One clip's way: list line -> frame indices -> only those JPEGs are decoded -> one crop and flip for the whole clip ->
 uint8 (T, H, W, 3), a quarter of the bytes of floats; normalising is the device's work. All that is random about a clip
 comes from np.random.default_rng([seed, epoch, row]): it depends on no worker, no process and no earlier clip.
@@ -15,6 +15,8 @@ N frames in a video, T in a clip, H, W pixels. Indices count from 0: index i is 
 """
 import argparse
 import concurrent.futures
+import contextlib
+import io
 import os
 import re
 import shutil
@@ -22,12 +24,13 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 ENDING = re.compile(r"(\.(mp4|m4v|avi|mkv|mov|webm|mpe?g|flv|wmv|3gp))+$", re.IGNORECASE)  # of a video file
 FRAME = "img_{:05d}.jpg"
@@ -50,8 +53,7 @@ def numbered_list(path, format="auto", num_classes=None):
     """{a video's path: (its line in the list file, Video)}; errors as in read_list."""
     lines = [(number, line.strip()) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
     endings = any(ENDING.search(re.split(r"[\s,]", line)[0]) for _, line in lines)
-    if format == "auto":
-        format = list_format(path, [line.split() for _, line in lines], endings)
+    format = list_format(path, [line.split() for _, line in lines], endings) if format == "auto" else format
     videos = {}
     for number, line in lines:
         try:
@@ -92,11 +94,11 @@ def parse_line(line, format, counted):
     if not labels:
         raise ValueError("no label; write -1 for a video without labels")
     for number in labels if frames is None else [frames, *labels]:
-        if not re.fullmatch("[0-9]+", number) and (number != "-1" or labels != ["-1"] or number is frames):
+        if not re.fullmatch("[0-9]{1,15}", number) and (number != "-1" or labels != ["-1"] or number is frames):
             raise ValueError(f"{number!r} is not a whole number from 0 up" + ", nor a lone -1" * (number is not frames))
     path = ENDING.sub("", name)
-    if path.startswith("/") or ".." in path.split("/"):
-        raise ValueError(f"{name} leads out of the data folder")
+    if {"", ".."} & set(path.split("/")):
+        raise ValueError(f"{name!r} is not a place below the data folder's frames, such as some/video")
     labels = [] if labels == ["-1"] else list(dict.fromkeys(map(int, labels)))
     return Video(path, None if frames is None else int(frames), labels)
 
@@ -148,37 +150,51 @@ def sample_indices(num_frames, recipe, rng=None):
     return clip_indices(num_frames, recipe["frames"], recipe["stride"], rng.integers(room + 1) if rng else room // 2)
 
 
-PLACES = [(0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3)]
-
-
 def multiscale_box(width, height, target, rng):
     """TSN's multi-scale crop ("spatial jittering"): the part (x, y, w, h) of a frame to be resized to target x target.
     w and h are 1, .875, .75 or .66 of the short side, at most one step apart; within 2 pixels of the target they become
-    the target, which spares the resize. It lies at one of 13 PLACES, quarters of the room to the right and down."""
+    the target, which spares the resize. It lies at one of 13 places, quarters of the room to the right and down."""
+    places = [(0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3)]
     sides = [int(min(width, height) * scale) for scale in (1, 0.875, 0.75, 0.66)]
     sides = [target if abs(side - target) < 3 and target <= min(width, height) else side for side in sides]
     pairs = [(w, h) for i, w in enumerate(sides) for j, h in enumerate(sides) if abs(i - j) <= 1]  # 10 of 16
-    (w, h), (right, down) = pairs[rng.integers(len(pairs))], PLACES[rng.integers(len(PLACES))]
+    (w, h), (right, down) = pairs[rng.integers(len(pairs))], places[rng.integers(len(places))]
     return right * ((width - w) // 4), down * ((height - h) // 4), w, h
 
 
-def read_frames(folder, indices, box=None):
-    """Frames of a folder by index -> uint8 (T, h, w, 3); a frame asked for twice is decoded once.
-    box: (width, height) -> the part (x, y, w, h) to keep. Raises OSError with the file's name."""
-    pixels = {}
-    for index in dict.fromkeys(indices):
-        path = os.path.join(folder, FRAME.format(index + 1))
-        try:
-            with Image.open(path) as image:
-                if not pixels:  # one box for the whole clip
-                    size = image.size
-                    x, y, w, h = box(*image.size) if box else (0, 0, *image.size)
-                if image.size != size:
-                    raise OSError("its size is not that of the clip's first frame")
-                image = image if image.mode == "RGB" else image.convert("RGB")
-                pixels[index] = np.asarray(image.crop((x, y, x + w, y + h)))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken header
-            raise OSError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+def jitter_box(width, height, target, jitter, rng):
+    """SlowFast's crop: the short side is resized to one drawn from `jitter`, then target x target cut out at random.
+    Only what is cut out needs the resize: this is the part (x, y, w, h) of the frame that becomes target x target. Its
+    side is rounded to whole pixels, by at most half of one, and it may lie at each of them."""
+    side = round(target * min(width, height) / rng.integers(jitter[0], jitter[1] + 1))
+    y, x = (int(rng.integers(room - side + 1)) for room in (height, width))
+    return x, y, side, side
+
+
+def read_frames(folder, indices, box=None, draft=None):
+    """Frames of a video by index, from its folder or else its zip -> uint8 (T, h, w, 3); each is decoded once.
+    box: (width, height) -> the part (x, y, w, h) to keep. draft: JPEGs come at 1/2, 1/4 or 1/8 of their size, box and
+    all, where the short side is then still this long: faster. Raises OSError with the file's name."""
+    pixels, path = {}, f"{folder}.zip"
+    packed = os.path.exists(path) and not os.path.exists(os.path.join(folder, FRAME.format(1)))
+    try:
+        with zipfile.ZipFile(path) if packed else contextlib.nullcontext() as archive:
+            for index in dict.fromkeys(indices):
+                name = FRAME.format(index + 1)
+                path = os.path.join(f"{folder}.zip" if packed else folder, name)
+                with Image.open(io.BytesIO(archive.read(name)) if packed else path) as image:
+                    if draft:
+                        image.draft(None, (draft, draft))
+                    if not pixels:  # one box for the whole clip
+                        size = image.size
+                        x, y, w, h = box(*size) if box else (0, 0, *size)
+                    if image.size != size:
+                        raise OSError("its size is not that of the clip's first frame")
+                    image = image if image.mode == "RGB" else image.convert("RGB")
+                    pixels[index] = np.asarray(image.crop((x, y, x + w, y + h)))
+    except Exception as error:  # Pillow and zipfile let through whatever the bytes did to them
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None)
+        raise OSError(f"{path}: {reason or str(error) or repr(error)}") from None
     return torch.from_numpy(np.stack([pixels[index] for index in indices]))
 
 
@@ -195,15 +211,18 @@ def resize(frames, size):
 def make_clip(folder, indices, recipe, rng=None):
     """Decode the frames of a clip and cut them to size: one crop, one flip for all of them. uint8 (T, crop, crop, 3).
     rng None: the one evaluation view, short side test_resize, centre test_crop. Else the recipe's augmentation."""
-    crop = recipe["crop"] if rng else recipe["test_crop"]
-    if rng and recipe["augment"] == "multiscale":  # report, image models
-        clip = resize(read_frames(folder, indices, lambda w, h: multiscale_box(w, h, crop, rng)), (crop, crop))
-    else:  # with rng, "jitter": report, SlowFast
-        short = int(rng.integers(recipe["jitter"][0], recipe["jitter"][1] + 1)) if rng else recipe["test_resize"]
-        clip = resize(read_frames(folder, indices), short)
-        y, x = (rng.integers(side - crop + 1) if rng else round((side - crop) / 2) for side in clip.shape[1:3])
-        clip = clip[:, y : y + crop, x : x + crop]
-    return (clip.flip(2) if rng and recipe["flip"] and rng.random() < 0.5 else clip).contiguous()
+    if rng is None:
+        clip, crop = resize(read_frames(folder, indices), recipe["test_resize"]), recipe["test_crop"]
+        y, x = (round((side - crop) / 2) for side in clip.shape[1:3])
+        return clip[:, y : y + crop, x : x + crop].contiguous()
+    crop = recipe["crop"]
+    if recipe["augment"] == "multiscale":  # report, image models
+        clip = read_frames(folder, indices, lambda w, h: multiscale_box(w, h, crop, rng))
+    else:  # "jitter": report, SlowFast
+        clip = read_frames(folder, indices, lambda w, h: jitter_box(w, h, crop, recipe["jitter"], rng),
+                           draft=recipe["jitter"][1] if recipe.get("draft", False) else None)
+    clip = resize(clip, (crop, crop))
+    return (clip.flip(2) if recipe["flip"] and rng.random() < 0.5 else clip).contiguous()
 
 
 class VideoList(torch.utils.data.Dataset):
@@ -215,10 +234,10 @@ class VideoList(torch.utils.data.Dataset):
         self.list, self.frames_dir = Path(data_dir) / f"{split}.txt", Path(data_dir) / "frames"
         self.recipe, self.train, self.seed, self.views, self.skip_broken = recipe, train, seed, views, skip_broken
         self.categories = read_categories(data_dir)
-        self.videos = read_list(self.list, num_classes=len(self.categories))
-        self.left_out = sum(bool(line.strip()) for line in read_text(self.list).splitlines()) - len(self.videos)
+        self.lines, self.videos = map(list, zip(*numbered_list(self.list, num_classes=len(self.categories)).values()))
         if self.videos[0].frames is None:
             raise ValueError(f"{self.list}: no frame counts; python data.py extract --list {self.list} ... makes them")
+        self.left_out = sum(bool(line.strip()) for line in read_text(self.list).splitlines()) - len(self.videos)
 
     def __len__(self):
         return len(self.videos)
@@ -234,7 +253,7 @@ class VideoList(torch.utils.data.Dataset):
                 clip = make_clip(folder, sample_indices(frames, self.recipe, rng), self.recipe, rng)
                 return clip, torch.zeros(len(self.categories)).index_fill(0, torch.tensor(ids).long(), 1), row
             except OSError as error:
-                problem = OSError(f"{self.list}:{numbered_list(self.list)[path][0]}: {error}")
+                problem = OSError(f"{self.list}:{self.lines[row]}: {error}")
         raise problem
 
 
@@ -262,18 +281,16 @@ def draw_toy(out, videos=1200, seed=0):
     a patterned ground: a label that every frame shows. Validation holds each video with its reversal, and 24 frames are
     an odd multiple of 8 segments: both have the same middle frames, so a model blind to order scores both alike."""
     out, part, pairs = Path(out), Path(f"{out}.part-{os.getpid()}"), videos // 8
-    if videos < 8 or seed < 0 or out.exists():
-        raise ValueError(f"{out}: already there; name a new folder" if out.exists() else
+    if videos < 8 or seed < 0 or os.path.lexists(out):
+        raise ValueError(f"{out}: already there; name a new folder" if os.path.lexists(out) else
                          f"--videos {videos} --seed {seed}: at least 8 and 0")
     lists, started = {"train": [], "val": [], "categories": TOY_CATEGORIES}, time.time()
     try:
         for row in range(videos + pairs):
             split = "train" if row < videos else "val"
             frames, labels = draw_video(row, np.random.default_rng([seed, row]))
-            versions = [("", frames, labels)]
-            if split == "val":
-                versions += [("_reversed", frames[::-1], [label ^ (label < len(VELOCITIES)) for label in labels])]
-            for ending, frames, labels in versions:
+            backwards = "_reversed", frames[::-1], [label ^ (label < len(VELOCITIES)) for label in labels]
+            for ending, frames, labels in [("", frames, labels)] + [backwards] * (split == "val"):
                 path = f"{split}/{row:05d}{ending}"
                 (part / "frames" / path).mkdir(parents=True)
                 for i, frame in enumerate(frames, 1):
@@ -303,32 +320,31 @@ def draw_video(row, rng, frames=24, width=40, height=36):
     return video.clip(0, 255).astype(np.uint8), labels
 
 
-def extract(videos_dir, out, split, list_path=None, format="auto", workers=os.cpu_count()):
+def extract(videos_dir, out, split, list_path=None, format="auto", workers=os.cpu_count(), pack=False):
     """Decode videos into OUT/frames and write OUT/<split>.txt and OUT/<split>_failed.txt -> (whole, failed) counts.
-    Report: FFmpeg, 30 fps, short side 320. A folder of frames gets its name when whole, so a stopped run can go on.
-    Frames are counted: neither the container's own number nor rate x duration is right."""
-    if workers < 1 or shutil.which("ffmpeg") is None:
-        raise ValueError(f"--workers {workers}: at least 1" if workers < 1 else
+    A folder of frames, or with pack a zip, gets its name when whole, so a stopped run can go on. Frames are counted:
+    neither the container's own number nor rate x duration is right."""
+    if not 1 <= workers <= 1000 or shutil.which("ffmpeg") is None:
+        raise ValueError(f"--workers {workers}: from 1 to 1000" if shutil.which("ffmpeg") else
                          "the program ffmpeg is missing; Debian: apt install ffmpeg, macOS: brew install ffmpeg")
-    if Path(split).name != split:
-        raise ValueError(f"--split {split}: a name such as train, not a path")
+    if not re.fullmatch(r"[\w-]+", split) or split == "categories":
+        raise ValueError(f"--split {split}: a name such as train, of letters and digits")
     files = find_videos(videos_dir)
     videos = read_list(list_path, format) if list_path else [Video(path, None, []) for path in files]
     (frames_dir := Path(out) / "frames").mkdir(parents=True, exist_ok=True)
-    for stale in frames_dir.glob(f".part-{split}-*"):  # of a run that was killed
-        shutil.rmtree(stale, ignore_errors=True)
-    part = frames_dir / f".part-{split}-{os.getpid()}"
+    part = frames_dir / f".part-{split}"
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+
     def work(video):
         """Decode a video, if that is still to do -> the list it belongs in and its line there."""
-        final, problem = frames_dir / video.path, None
+        final, file, problem = frames_dir / video.path, files.get(os.path.normpath(video.path)), None
         if re.search(r"[\s\udc80-\udcff]", video.path):
             problem = "white space, or a byte that is not UTF-8, in the path: no list line can hold it"
-        elif not final.is_dir():
-            file = files.get(video.path)
-            problem = decode_video(file, part / str(id(video)), final) if file else "no such video"
+        elif FRAME.format(1) not in frame_names(final):
+            problem = decode_video(file, part / str(id(video)), final, pack) if file else "no such video"
         if problem:
             return failed, f"{video.path}\t{problem}"
-        return whole, f"{video.path} {len(os.listdir(final))} {','.join(map(str, video.labels or [-1]))}"
+        return whole, f"{video.path} {len(frame_names(final))} {','.join(map(str, video.labels or [-1]))}"
 
     whole, failed, started = [], [], time.time()
     pool = concurrent.futures.ThreadPoolExecutor(workers)  # threads will do: the work is ffmpeg's
@@ -344,15 +360,23 @@ def extract(videos_dir, out, split, list_path=None, format="auto", workers=os.cp
     return len(whole), len(failed)
 
 
+def frame_names(folder):
+    """The names in a video's folder or, if no first frame is there, in its zip, if that is not broken."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    with contextlib.suppress(Exception), zipfile.ZipFile(f"{folder}.zip") as archive:
+        names = names if FRAME.format(1) in names else archive.namelist()
+    return names
+
+
 def find_videos(folder):
     """Every video file below a folder: {its place there without the ending: its Path}, sorted."""
-    found = {}
-    for file in sorted(Path(parent, name) for parent, _, names in os.walk(folder) for name in names):
+    found, closed = {}, []
+    for file in sorted(Path(top, name) for top, _, names in os.walk(folder, onerror=closed.append) for name in names):
         path = ENDING.sub("", file.relative_to(folder).as_posix())
         if ENDING.search(file.name) and found.setdefault(path, file) is not file:
             raise ValueError(f"{found[path]} and {file} would both be called {path}: rename one of them")
-    if not found:
-        raise ValueError(f"{folder}: no such folder, or no video in it ({ENDING.pattern})")
+    if closed or not found:  # closed: folders that cannot be read, whose videos would be missing without a word
+        raise closed[0] if found else ValueError(f"{folder}: no such folder, or no video in it ({ENDING.pattern})")
     for path, parent in ((path, str(parent)) for path in found for parent in Path(path).parents):
         if parent in found:
             raise ValueError(f"{found[parent]} and {found[path]}: one's frames would lie among the other's: rename one")
@@ -360,45 +384,52 @@ def find_videos(folder):
 
 
 def ffmpeg(file, *output, **options):
-    """FFmpeg's (output, None or what went wrong) on a video: 30 frames a second, short side 320, as JPEG."""
-    command = ["ffmpeg", "-nostdin", "-v", "error", "-xerror", "-threads", "1", "-i", f"file:{Path(file).resolve()}",
+    """FFmpeg's (output, None or what went wrong) on a video: JPEGs, 30 a second, short side 320, as in the report."""
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-xerror", "-threads", "1", "-i", f"file:{os.path.abspath(file)}",
                "-vf", "fps=30,scale='if(gte(iw,ih),-2,320)':'if(gte(iw,ih),320,-2)'", "-q:v", "2", *output]
     run = subprocess.run(command, capture_output=True, **options)  # -xerror: a cut-off file would end with status 0
-    said = [line for line in run.stderr.decode(errors="replace").split("\n") if line.strip()]
-    return run.stdout, f"ffmpeg: {said[0] if said else f'status {run.returncode}'}" if run.returncode else None
+    said = re.sub(" @ 0x[0-9a-f]+", "", run.stderr.decode(errors="replace")).strip().split("\n")[0]  # no address
+    return run.stdout, f"ffmpeg: {said or f'status {run.returncode}'}" if run.returncode else None
 
 
-def decode_video(file, temporary, final):
-    """FFmpeg on one video: its frames into `temporary`, which is then renamed to `final`. None, or what went wrong."""
+def decode_video(file, temporary, final, pack):
+    """FFmpeg on one video: its frames into the folder `temporary`, which is then renamed to `final`, or packed into
+    final.zip, uncompressed. None, or what went wrong."""
     temporary.mkdir(parents=True)
     problem = ffmpeg(file, "-start_number", "1", "img_%05d.jpg", cwd=temporary)[1]
-    if problem or not os.listdir(temporary):
+    names = sorted(os.listdir(temporary))
+    if problem or not names:
         shutil.rmtree(temporary)
         return problem or "ffmpeg: no frame"
     final.parent.mkdir(parents=True, exist_ok=True)
+    if pack:
+        with zipfile.ZipFile(f"{temporary}.zip", "w") as archive:
+            for name in names:  # with ZipInfo's one date, so that each run writes the same bytes
+                archive.writestr(zipfile.ZipInfo(name), (temporary / name).read_bytes())
+        shutil.rmtree(temporary)
+        temporary, final = f"{temporary}.zip", f"{final}.zip"
     os.replace(temporary, final)
 
 
 def check(data_dir):
     """Hold every list of a data folder against its frames; print what is wrong, by line, and return how many things."""
     categories, problems, seen = read_categories(data_dir), [], {}
-    lists = [path for name in ("train", "val", "test") if (path := Path(data_dir) / f"{name}.txt").exists()]
-    if not lists:
+    splits = [name for name in ("train", "val", "test") if Path(data_dir, f"{name}.txt").exists()]
+    if not splits:
         raise ValueError(f"{data_dir}: no train.txt, val.txt or test.txt")
-    for path in lists:
-        lines, started = numbered_list(path, num_classes=len(categories)), time.time()
-        videos = [video for _, video in lines.values()]
-        for done, (number, video) in enumerate(lines.values(), 1):
-            folder, where = Path(data_dir) / "frames" / video.path, f"{path}:{number}: {video.path}"
-            names = set(os.listdir(folder)) if folder.is_dir() else set()
-            due = {FRAME.format(i + 1) for i in range(video.frames or 1)}
-            if names != due:
-                problems.append(f"{where}: {len(names & due)} of {video.frames} frames, {len(names - due)} other files")
-            if seen.setdefault(video.path, path) != path:
-                problems.append(f"{where} is also in {seen[video.path]}")
-            progress(path.name, done, len(videos), started)
-        counts = np.bincount([label for video in videos for label in video.labels], minlength=len(categories))
-        print(f"{path}: {len(videos)} videos, {counts.sum() / len(videos):.2f} labels a video; largest class "
+    for videos in [VideoList(data_dir, split, recipe=None, train=False) for split in splits]:
+        started = time.time()
+        for done, (number, (path, count, _)) in enumerate(zip(videos.lines, videos.videos), 1):
+            where = f"{videos.list}:{number}: {path}"
+            names = set(frame_names(videos.frames_dir / path))
+            due = {FRAME.format(i + 1) for i in range(min(count, 10**6))}  # a wrong count may be any number
+            if not len(names) == len(names & due) == count:
+                problems.append(f"{where}: {len(names & due)} of {count} frames, {len(names - due)} other files")
+            if seen.setdefault(path, videos.list) != videos.list:
+                problems.append(f"{where} is also in {seen[path]}")
+            progress(videos.list.name, done, len(videos), started)
+        counts = np.bincount([label for video in videos.videos for label in video.labels], minlength=len(categories))
+        print(f"{videos.list}: {len(videos)} videos, {counts.sum() / len(videos):.2f} labels a video; largest class "
               f"{categories[counts.argmax()]}, {counts.max()}; smallest {categories[counts.argmin()]}, {counts.min()}")
     print(*problems, f"{len(problems)} problems", sep="\n")
     return len(problems)
@@ -407,8 +438,11 @@ def check(data_dir):
 def write_lines(path, lines):
     """Write a text file whole or not at all."""
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
-    part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
-    os.replace(part, path)
+    try:
+        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def progress(what, done, total, started, last=[0.0]):
@@ -438,23 +472,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="draw the toy videos into a new folder")
-    toy.add_argument("out", metavar="OUT")
-    toy.add_argument("--videos", type=int, default=1200, help="for training; a quarter as many for validation")
-    toy.add_argument("--seed", type=int, default=0, help="another seed, other videos")
+    toy.add_argument("out", metavar="OUT", help="the folder, which must not be there yet")
+    toy.add_argument("--videos", type=int, default=1200, help="for training; val: a quarter (%(default)s, our choice)")
+    toy.add_argument("--seed", type=int, default=0, help="another one draws other videos (%(default)s, our choice)")
     videos = commands.add_parser("extract", help="videos to frames and their list")
     videos.add_argument("--videos", required=True, metavar="DIR", help="the folder of videos, at any depth")
-    videos.add_argument("--list", metavar="FILE", help="which of them, with their labels; without it all, unlabelled")
-    videos.add_argument("--format", default="auto", choices=["auto", "mmit", "xtemporal", "mmaction2"], help="its form")
+    videos.add_argument("--list", metavar="FILE", help="which of them, with their labels (all, unlabelled)")
+    videos.add_argument("--format", default="auto", choices=["auto", "mmit", "xtemporal", "mmaction2"],
+                        help="the list's form (%(default)s: told from its lines)")
     videos.add_argument("--out", required=True, metavar="DATA", help="the data folder; videos already whole are kept")
-    videos.add_argument("--split", required=True, help="writes DATA/SPLIT.txt and DATA/SPLIT_failed.txt")
-    videos.add_argument("--workers", type=int, default=os.cpu_count(), help="ffmpeg processes at once")
-    commands.add_parser("check", help="hold the lists against the frames").add_argument("data", metavar="DATA")
+    videos.add_argument("--split", required=True, help="a name such as train; writes DATA/SPLIT.txt, SPLIT_failed.txt")
+    videos.add_argument("--pack", action="store_true", help="one uncompressed zip a video, not a folder of frames")
+    videos.add_argument("--workers", type=int, default=os.cpu_count(), help="videos at once (%(default)s, the cores)")
+    commands.add_parser("check", help="lists against frames").add_argument("data", metavar="DATA", help="its folder")
     args = parser.parse_args()
     if args.command == "toy":
         return draw_toy(args.out, args.videos, args.seed)
     if args.command == "check":
         return 2 if check(args.data) else 0
-    whole, failed = extract(args.videos, args.out, args.split, args.list, args.format, args.workers)
+    whole, failed = extract(args.videos, args.out, args.split, args.list, args.format, args.workers, args.pack)
     print(f"{whole} videos whole, {failed} failed (listed in {args.out}/{args.split}_failed.txt)")
     return 0 if whole else 2
 

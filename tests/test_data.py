@@ -4,7 +4,8 @@ against literal lists, Pillow and torchvision, naive loops, uninterrupted runs. 
     python -m pytest tests/test_data.py
 
 Measured: resizing differs from Pillow's by at most 1 of 255 levels; in the mean by 0.26 at worst, on noise resized
-from 211x240 to 224x224, and below 0.05 elsewhere.
+from 211x240 to 224x224, and below 0.05 elsewhere. Draft mode changes a training clip of real 426x320 frames by 0.6 to
+1.3 levels in the mean.
 """
 import os
 import shutil
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +67,15 @@ def write_frames(folder, frames):
     for number, frame in enumerate(frames, 1):
         Image.fromarray(np.asarray(frame, np.uint8)).save(folder / f"img_{number:05d}.jpg", format="PNG")
     return folder
+
+
+def pack(folder):
+    """Every folder of frames below a folder -> its zip, as extract --pack leaves it."""
+    for parent in {file.parent for file in Path(folder).rglob("*.jpg")}:
+        with zipfile.ZipFile(f"{parent}.zip", "w") as archive:
+            for file in sorted(parent.iterdir()):
+                archive.write(file, file.name)
+        shutil.rmtree(parent)
 
 
 def content(folder):
@@ -498,34 +509,93 @@ def test_multiscale_clip_has_one_legal_crop_and_one_flip(tmp_path, width, height
 
 
 def test_jittered_clip_has_every_size_and_offset(tmp_path):
-    """Short sides 20 to 24 inclusive, the first and the last offset on both axes; one draw for all frames."""
+    """Short sides 20 to 24 inclusive, of which 16 pixels are 32, 30, 29, 28 and 27 of the 40 stored; each window lies
+    anywhere, up to both ends of both axes, and is the same for all frames."""
     recipe = {"augment": "jitter", "jitter": (20, 24), "crop": 16, "flip": True}
-    write_frames(tmp_path, noise(0, 3, 20, 24, 3))
-    folders = {}
-    for short in range(20, 25):  # resized once by Pillow, then every window of it
-        image = [Image.open(tmp_path / f"img_{i + 1:05d}.jpg").resize((short * 24 // 20, short), Image.BILINEAR)
-                 for i in (1, 2)]
-        folders[short] = np.stack([np.asarray(one).astype(np.int16) for one in image])
+    write_frames(tmp_path, noise(0, 3, 40, 48, 3))
+    places = [(x, y, side, side, 16, 16) for side in (32, 30, 29, 28, 27)
+              for x in range(48 - side + 1) for y in range(40 - side + 1)]
+    cut = windows(tmp_path, [1, 2], places)
+    keys, frames = list(cut), np.stack(list(cut.values()))
     seen = []
-    for draw in range(500):
+    for draw in range(600):
         clip = data.make_clip(tmp_path, np.array([1, 2]), recipe, np.random.default_rng([7, draw]))
         assert tuple(clip.shape) == (2, 16, 16, 3) and clip.is_contiguous()
-        matches = []
-        for flipped in (False, True):
-            straight = (clip.flip(2) if flipped else clip).numpy().astype(np.int16)
-            for short, frames in folders.items():
-                views = np.lib.stride_tricks.sliding_window_view(frames, (16, 16), axis=(1, 2))
-                views = views.transpose(1, 2, 0, 4, 5, 3)  # (y, x, T, 16, 16, 3)
-                corner = abs(views[:, :, 0, :2, :2] - straight[0, :2, :2]).max((2, 3, 4)) <= 1
-                matches += [(short, y, x, flipped) for y, x in zip(*np.nonzero(corner))
-                            if abs(views[y, x] - straight).max() <= 1]
+        corner = abs(frames[:, 0, :2, :2] - clip[0, :2, :2].numpy().astype(np.int16)).max((1, 2, 3))
+        matches = found(clip, {keys[i]: frames[i] for i in np.flatnonzero(corner <= 1)})
         assert len(matches) == 1
         seen += matches
-    assert {short for short, *_ in seen} == {20, 21, 22, 23, 24}
-    for short in range(20, 25):
-        ys, xs = zip(*[(y, x) for one, y, x, _ in seen if one == short])
-        assert (min(ys), max(ys), min(xs), max(xs)) == (0, short - 16, 0, short * 24 // 20 - 16)
-    assert 200 < sum(flipped for *_, flipped in seen) < 300
+    assert {side for _, _, side, *_ in seen} == {32, 30, 29, 28, 27}
+    for side in (32, 30, 29, 28, 27):
+        xs, ys = zip(*[(x, y) for x, y, one, *_ in seen if one == side])
+        assert (min(xs), max(xs), min(ys), max(ys)) == (0, 48 - side, 0, 40 - side)
+    assert 240 < sum(flipped for *_, flipped in seen) < 360
+
+
+def test_jittered_clip_is_the_crop_of_a_resized_frame(tmp_path):
+    """At half the stored size, where both have whole pixels: the window at 2x, 2y is the crop at x, y of the frame that
+    Pillow resized, but for its rim, where the resized frame also knows what lies outside. At any size the pixels of a
+    ramp tell where each was taken: the distance is the exact one to within half a stored pixel over the clip's side."""
+    frame = noise(1, 40, 48, 3)
+    write_frames(tmp_path / "half", [frame])
+    half = np.asarray(Image.fromarray(frame).resize((24, 20), Image.BILINEAR)).astype(np.int16)
+    recipe, even = {"augment": "jitter", "jitter": (20, 20), "crop": 16, "flip": False}, 0
+    for draw in range(40):
+        clip = data.make_clip(tmp_path / "half", [0], recipe, np.random.default_rng(draw))[0].numpy().astype(np.int16)
+        x, y, *_ = data.jitter_box(48, 40, 16, (20, 20), np.random.default_rng(draw))
+        if x % 2 == y % 2 == 0:
+            even += 1
+            assert abs(clip - half[y // 2 : y // 2 + 16, x // 2 : x // 2 + 16])[1:-1, 1:-1].max() <= 1
+    assert even > 3
+    y, x = np.mgrid[:180, :240]
+    write_frames(tmp_path / "ramp", [np.stack([x, y, 0 * x], -1)])
+    for draw in range(60):
+        clip = data.make_clip(tmp_path / "ramp", [0], {**recipe, "jitter": (70, 90), "crop": 64},
+                              np.random.default_rng(draw))[0].numpy().astype(float)
+        exact = 180 / np.random.default_rng(draw).integers(70, 91)  # the first draw is the short side
+        for row in (clip[32, 1:-1, 0], clip[1:-1, 32, 1]):  # over 61 steps, each value rounded by up to 1
+            assert abs((row[-1] - row[0]) / 61 - exact) < 0.5 / 64 + 2 / 61
+
+
+def test_draft_mode_reads_the_frames_at_half_their_size(tmp_path):
+    """Where the stored short side is at least twice the largest of `jitter`, in training, for JPEGs: the clip is then
+    the one of frames stored at half the size."""
+    y, x = np.mgrid[:80, :96]
+    waves = np.stack([np.sin(x / 9), np.cos(y / 7), np.sin((x + y) / 11)], -1)
+    frames = [127 + 60 * waves + noise(i, 80, 96, 3) / 8 for i in range(3)]
+    for i, frame in enumerate(frames, 1):
+        image = Image.fromarray(frame.astype(np.uint8))
+        image.save(write(tmp_path / "jpeg" / f"img_{i:05d}.jpg", ""), quality=90)
+        image.crop((0, 0, 96, 79)).save(write(tmp_path / "less" / f"img_{i:05d}.jpg", ""), quality=90)
+    halves = []
+    for i in (1, 2, 3):
+        with Image.open(tmp_path / "jpeg" / f"img_{i:05d}.jpg") as image:
+            image.draft("RGB", (48, 40))
+            halves.append(np.asarray(image))
+    assert halves[0].shape == (40, 48, 3)
+    write_frames(tmp_path / "half", halves)
+    shutil.copytree(tmp_path / "jpeg", tmp_path / "zipped")
+    pack(tmp_path / "zipped")
+    plain = {"augment": "jitter", "jitter": (30, 40), "crop": 28, "flip": True, "test_resize": 40, "test_crop": 36}
+    draft = {**plain, "draft": True}
+
+    def clip(folder, recipe, draw=None):
+        rng = None if draw is None else np.random.default_rng(draw)
+        return data.make_clip(tmp_path / folder, [2, 0], recipe, rng)
+
+    for draw in range(10):
+        assert torch.equal(clip("jpeg", draft, draw), clip("half", plain, draw))
+        assert torch.equal(clip("zipped", draft, draw), clip("half", plain, draw))
+        assert not torch.equal(clip("jpeg", draft, draw), clip("jpeg", plain, draw))
+        larger = {"jitter": (30, 41)}  # 41 of 80 is more than half
+        assert torch.equal(clip("jpeg", {**draft, **larger}, draw), clip("jpeg", {**plain, **larger}, draw))
+        assert torch.equal(clip("jpeg", {**draft, "draft": False}, draw), clip("jpeg", plain, draw))
+        assert torch.equal(clip("less", draft, draw), clip("less", plain, draw))  # 40 of 79 is more than half
+        assert torch.equal(clip("half", draft, draw), clip("half", plain, draw))  # PNG inside
+    assert torch.equal(clip("jpeg", draft), clip("jpeg", plain))  # evaluation
+    whole = data.resize(data.read_frames(tmp_path / "jpeg", [0, 1, 2], lambda w, h: (8, 4, 72, 72)), (28, 28)).int()
+    small = data.resize(data.read_frames(tmp_path / "jpeg", [0, 1, 2], lambda w, h: (4, 2, 36, 36), draft=40), (28, 28))
+    assert 0 < abs(whole - small.int()).float().mean() < 2
 
 
 @pytest.mark.parametrize("width, height, crop, left, top", [
@@ -704,15 +774,52 @@ def test_items(toy, recipe, split, train):
         assert torch.equal(clip, data.make_clip(toy / "frames" / path, indices, recipe, rng))
 
 
-def test_items_are_the_same_in_any_worker_and_in_any_order(toy):
-    videos = data.VideoList(toy, "train", SEGMENTS, train=True, seed=4)
+@pytest.fixture(scope="session")
+def packed_toy(toy):
+    """The same toy, its frames in zips."""
+    folder = shutil.copytree(toy, toy.parent / "packed")
+    pack(folder / "frames")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 8 worker")
+@pytest.mark.parametrize("recipe", [SEGMENTS, CLIP], ids=["segments", "clip"])
+def test_items_are_the_same_in_any_worker_in_any_order_and_packed(toy, packed_toy, recipe):
+    assert not list(packed_toy.rglob("*.jpg")) and len(list(packed_toy.rglob("*.zip"))) == 50
+    plain, packed = (data.VideoList(folder, "train", recipe, train=True, seed=4) for folder in (toy, packed_toy))
     wanted = [*range(0, 40, 3), *range(40, 80, 3), *range(200, 240, 3)]  # epochs 0, 1 and 5
+    ways = [(plain, wanted, 0), (plain, wanted, 2), (plain, wanted, 8), (plain, wanted[::-1], 0),
+            (packed, wanted, 0), (packed, wanted, 2), (packed, wanted, 8)]
     loaded = [[item for batch in torch.utils.data.DataLoader(videos, 4, sampler=order, num_workers=workers,
                                                              collate_fn=list) for item in batch]
-              for order, workers in ((wanted, 0), (wanted, 2), (wanted[::-1], 0))]
+              for videos, order, workers in ways]
+    loaded[3].reverse()
     assert [row for _, _, row in loaded[0]] == [index % 40 for index in wanted]
-    for ours, theirs in zip(loaded[0] * 2, loaded[1] + loaded[2][::-1]):
-        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1]) and ours[2] == theirs[2]
+    for other in loaded[1:]:
+        assert len(other) == len(wanted)
+        for ours, theirs in zip(loaded[0], other):
+            assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1]) and ours[2] == theirs[2]
+
+
+def test_packed_video_in_evaluation(toy, packed_toy):
+    """Its one view, the frames that views ask for, and no file left open."""
+    plain, packed = (data.VideoList(folder, "val", SEGMENTS, train=False) for folder in (toy, packed_toy))
+    files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    for row in range(10):
+        assert torch.equal(plain[row][0], packed[row][0])
+    assert not files or len(os.listdir("/proc/self/fd")) == files
+    path = plain.videos[3].path
+    assert torch.equal(data.read_frames(packed_toy / "frames" / path, [23, 0, 23]),
+                       data.read_frames(toy / "frames" / path, [23, 0, 23]))
+
+
+def test_folder_goes_before_a_zip_of_its_name(tmp_path):
+    write_frames(tmp_path / "v", noise(1, 2, 5, 6, 3))
+    pack(tmp_path)
+    write_frames(tmp_path / "v", noise(2, 2, 5, 6, 3))
+    assert np.array_equal(data.read_frames(tmp_path / "v", [0, 1]), noise(2, 2, 5, 6, 3))
+    shutil.rmtree(tmp_path / "v")
+    assert np.array_equal(data.read_frames(tmp_path / "v", [0, 1]), noise(1, 2, 5, 6, 3))
 
 
 def test_epochs_and_seeds_draw_differently(toy):
@@ -770,20 +877,68 @@ def damage(folder, kind):
                      "header": png[:8] + whole[:40], "chunk": png[:35] + b"\0" + png[36:]}[kind])
 
 
-@pytest.mark.parametrize("kind", ["folder", "missing", "truncated", "empty", "text", "header", "chunk", "size"])
+DAMAGES = ["missing", "truncated", "empty", "text", "header", "chunk", "size"]
+
+
+@pytest.mark.parametrize("kind", ["folder", *DAMAGES, *(f"packed {kind}" for kind in DAMAGES)])
 @pytest.mark.parametrize("train, augment", [(True, "multiscale"), (True, "jitter"), (False, "jitter")])
 def test_broken_frame_is_named(tmp_path, kind, train, augment):
     """size: another than the other frames' of the video. chunk: a wrong length inside, Pillow's SyntaxError."""
     folder = folder_of(tmp_path, ["p 3 0", "", "q/r 3 1", "s 3 2"])
-    damage(folder / "frames" / "q" / "r", kind)
+    damage(folder / "frames" / "q" / "r", kind.removeprefix("packed "))
+    file = folder / "frames" / "q" / "r"
+    if kind.startswith("packed"):
+        pack(folder / "frames")
+        file = folder / "frames" / "q" / "r.zip"
     videos = data.VideoList(folder, "train", {**SEGMENTS, "augment": augment}, train=train)
     assert videos[0][2] == 0 and videos[2][2] == 2
     with pytest.raises(OSError) as error:
         videos[1]
-    assert str(error.value).startswith(f"{folder / 'train.txt'}:3: ")  # the blank line counts
-    file = str(folder / "frames" / "q" / "r" / "img_0000")
-    assert file in str(error.value) and ("img_00003.jpg" in str(error.value) or kind == "folder")
+    assert str(error.value).startswith(f"{folder / 'train.txt'}:3: {file}/img_0000")  # the blank line counts
+    assert ("img_00003.jpg: " in str(error.value) or kind == "folder") and " at 0x" not in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "folder", "flipped"])
+def test_broken_zip_is_named(tmp_path, kind):
+    """flipped: one bit of a frame, which its checksum tells."""
+    folder = folder_of(tmp_path, ["p 3 0", "q 3 1"])
+    pack(folder / "frames")
+    file = folder / "frames" / "q.zip"
+    whole = file.read_bytes()
+    file.unlink()
+    if kind == "folder":
+        file.mkdir()
+    else:
+        middle = len(whole) // 2
+        write(file, {"truncated": whole[:-30], "empty": b"", "text": b"no zip\n",
+                     "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]}[kind])
+    videos = data.VideoList(folder, "train", SEGMENTS, train=False)
+    assert videos[0][2] == 0
+    with pytest.raises(OSError) as error:
+        videos[1]
+    assert str(error.value).startswith(f"{folder / 'train.txt'}:2: {file}") and len(str(error.value).splitlines()) == 1
+
+
+def test_no_damage_of_a_zip_gets_past(tmp_path):
+    """Cut off anywhere, or with bytes changed: the frames are the stored ones, or the error is an OSError."""
+    frames = noise(0, 3, 6, 8, 3)
+    write_frames(tmp_path / "v", frames)
+    pack(tmp_path)
+    whole, rng, refused = (tmp_path / "v.zip").read_bytes(), np.random.default_rng(0), 0
+    broken = [whole[:length] for length in range(0, len(whole), 7)]
+    for _ in range(1000):
+        harmed = np.frombuffer(whole, np.uint8).copy()
+        harmed[rng.integers(len(whole), size=rng.integers(1, 4))] = rng.integers(256)
+        broken.append(harmed.tobytes())
+    for harmed in broken:
+        write(tmp_path / "v.zip", harmed)
+        try:
+            assert np.array_equal(data.read_frames(tmp_path / "v", [0, 1, 2]), frames)
+        except OSError as error:
+            refused += 1
+            assert str(tmp_path / "v.zip") in str(error)
+    assert refused > 500
 
 
 @pytest.mark.parametrize("lines, row, line", [
@@ -870,13 +1025,13 @@ WHOLE = {"landscape": (12, 0, 426, 320), "deep/er/portrait": (9, 0, 320, 426), "
          "large": (6, 0, 426, 320), "square": (3, 0, 320, 320), "odd": (4, 0, 334, 320), "one": (1, 0, 426, 320),
          "brighter": (15, 0, 426, 320), "slow": (24, 2, 426, 320), "variable": (60, 2, 426, 320),
          "dot.ted-name_1": (8, 0, 426, 320)}
-BROKEN = {"cut_front", "cut_end", "sound", "text", "two words"}  # cut: with the file's index in front and at the end
+BROKEN = {"cut_front", "cut_end", "sound", "text", "two words", "loop"}  # cut: with the index in front and at the end
 
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory):
     """A folder of videos of every kind, and what is none. Not to be changed: tests share it."""
-    folder = tmp_path_factory.mktemp("videos")
+    folder = tmp_path_factory.mktemp("the videos")
     moving(folder / "landscape.mp4")
     moving(folder / "deep/er/portrait.MOV", "256x340", 30, 9)
     moving(folder / "wide.avi", "400x160", 30, 5)
@@ -899,13 +1054,14 @@ def videos(tmp_path_factory):
     generate(folder / "sound.mp4", "sine=duration=1", "-c:a", "aac")
     write(folder / "text.mp4", "not a video\n" * 100)
     write(folder / "notes.txt", "no video either, and not named as one\n")
+    os.symlink("loop.mp4", folder / "loop.mp4")
     return folder
 
 
 @pytest.fixture(scope="session")
 def extracted(videos, tmp_path_factory):
     """What `extract` makes of them: (the data folder, its counts)."""
-    out = tmp_path_factory.mktemp("extracted") / "new" / "data"
+    out = tmp_path_factory.mktemp("extracted") / "new" / "the data"
     return out, data.extract(videos, out, "train", workers=2)
 
 
@@ -946,6 +1102,59 @@ def test_extracted_list(extracted):
 
 
 @needs_ffmpeg
+def test_packed_extraction_is_the_same(videos, extracted, tmp_path, command):
+    """A zip for each folder, with the same bytes, not compressed; the same lists; and a second run keeps all of it."""
+    plain, out = extracted[0], tmp_path / "packed"
+    arguments = ["extract", "--videos", videos, "--out", out, "--split", "train", "--workers", "2", "--pack"]
+    assert command(*arguments)[0] == 0
+    assert sorted(os.listdir(out)) == sorted(os.listdir(plain))
+    assert (out / "train.txt").read_text() == (plain / "train.txt").read_text()
+    assert failures(out) == failures(plain)
+    assert set(content(out / "frames")) == {f"{path}.zip" for path in WHOLE}
+    for path in WHOLE:
+        with zipfile.ZipFile(out / "frames" / f"{path}.zip") as archive:
+            assert archive.namelist() == sorted(os.listdir(plain / "frames" / path))
+            assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+            for name in archive.namelist():
+                assert archive.read(name) == (plain / "frames" / path / name).read_bytes()
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*.zip")}
+    assert command(*arguments)[0] == 0 and command(*arguments[:-1])[0] == 0  # without --pack too
+    assert {file: file.stat().st_mtime_ns for file in (out / "frames").rglob("*") if file.is_file()} == before
+    write(out / "categories.txt", "a\n")
+    assert command("check", out)[0] == 0
+
+
+@needs_ffmpeg
+def test_extraction_goes_on_with_folders_and_zips_side_by_side(tmp_path, monkeypatch):
+    """What is whole in either form is kept; a broken zip, and a folder or zip without frames, are not whole. A disk
+    that is full while packing leaves nothing behind."""
+    for name in "abcdef":
+        moving(tmp_path / "videos" / f"{name}.mp4", "64x48", 30, 2)
+    out = tmp_path / "data"
+    folder_a = write_frames(out / "frames" / "a", noise(0, 3, 4, 4, 3))
+    write_frames(out / "frames" / "b", noise(1, 4, 4, 4, 3))
+    pack(out / "frames" / "b")
+    write(out / "frames" / "c.zip", (out / "frames" / "b.zip").read_bytes()[:-30])
+    write(out / "frames" / "d.zip", "")
+    (out / "frames" / "e").mkdir()
+    kept = content(folder_a), (out / "frames" / "b.zip").read_bytes()
+    before = content(out)
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "writestr", full)
+        with pytest.raises(OSError, match="No space left"):
+            data.extract(tmp_path / "videos", out, "train", workers=2, pack=True)
+    assert content(out) == before and sorted(os.listdir(out)) == ["frames"]
+    assert data.extract(tmp_path / "videos", out, "train", workers=2, pack=True) == (6, 0)
+    assert (out / "train.txt").read_text() == "a 3 -1\nb 4 -1\nc 2 -1\nd 2 -1\ne 2 -1\nf 2 -1\n"
+    assert (content(folder_a), (out / "frames" / "b.zip").read_bytes()) == kept
+    assert sorted(os.listdir(out / "frames")) == ["a", "b.zip", "c.zip", "d.zip", "e", "e.zip", "f.zip"]
+
+
+@needs_ffmpeg
 def test_variable_rate_is_really_variable(videos, extracted):
     """The file stores 15 frames over 2 seconds; the frames between are filled in."""
     packets = subprocess.run(["ffmpeg", "-nostdin", "-v", "error", "-i", videos / "variable.mkv", "-c", "copy", "-f",
@@ -975,13 +1184,13 @@ def test_rotation_tag_is_obeyed(tmp_path):
 
 @needs_ffmpeg
 def test_foreign_list_is_written_in_our_form(videos, tmp_path, command):
-    foreign = write(tmp_path / "foreign.csv", "one.mp4,7,264,311\nabsent.mp4,3\nlandscape.mp4,2\ntext.mp4,5\n"
+    foreign = write(tmp_path / "foreign.csv", "one.mp4,7,264,311\nabsent.mp4,3\n./landscape.mp4,2\ntext.mp4,5\n"
                     "square.mp4,-1\ntwo words.mp4,8\none.mp4,7\ndeep/er/portrait.mp4,4,1\n")
     status, out, _ = command("extract", "--videos", videos, "--list", foreign, "--format", "mmit", "--out",
                              tmp_path / "data", "--split", "val", "--workers", "1")
     assert status == 0 and "4 videos whole, 3 failed" in out and "val_failed.txt" in out
     assert (tmp_path / "data" / "val.txt").read_text() == \
-        "one 1 7,264,311\nlandscape 12 2\nsquare 3 -1\ndeep/er/portrait 9 4,1\n"
+        "one 1 7,264,311\n./landscape 12 2\nsquare 3 -1\ndeep/er/portrait 9 4,1\n"
     failed = failures(tmp_path / "data", "val")
     assert list(failed) == ["absent", "text", "two words"] and "no such video" in failed["absent"]
     assert sorted(os.listdir(tmp_path / "data" / "frames")) == ["deep", "landscape", "one", "square"]
@@ -1054,7 +1263,7 @@ exec '{shutil.which("ffmpeg")}' "$@"
     os.kill(int((tmp_path / "waiting").read_text()), signal.SIGKILL)
     frames = tmp_path / "killed" / "frames"
     assert {"a", "b"} < set(os.listdir(frames)) and "c" not in os.listdir(frames)
-    assert sum(name.startswith(".part-train-") for name in os.listdir(frames)) == 1
+    assert sum(name.startswith(".part-train") for name in os.listdir(frames)) == 1
     assert not (tmp_path / "killed" / "train.txt").exists()
     for out in ("killed", "whole"):
         assert data.extract(tmp_path / "videos", tmp_path / out, "train", workers=1) == (5, 0)
@@ -1062,13 +1271,51 @@ exec '{shutil.which("ffmpeg")}' "$@"
     assert sorted(os.listdir(frames)) == ["a", "b", "c", "d", "e"]
 
 
-def test_missing_ffmpeg_is_said_before_any_work(tmp_path):
+def test_missing_ffmpeg_is_said_before_any_work(tmp_path, monkeypatch, command):
     write(tmp_path / "videos" / "a.mp4", "not a video\n")
-    (tmp_path / "nothing").mkdir()
-    run = script("extract", "--videos", "videos", "--out", "data", "--split", "train", cwd=tmp_path,
-                 env={**os.environ, "PATH": str(tmp_path / "nothing")})
-    one_line(run.returncode, run.stderr, "ffmpeg is missing", "install ffmpeg")
-    assert run.stdout == "" and sorted(os.listdir(tmp_path)) == ["nothing", "videos"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    status, out, err = command("extract", "--videos", tmp_path / "videos", "--out", tmp_path / "data", "--split", "all")
+    one_line(status, err, "ffmpeg is missing", "install ffmpeg")
+    assert out == "" and os.listdir(tmp_path) == ["videos"]
+
+
+def test_folder_of_videos_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """Its videos would be missing in the list without a word."""
+    for path in ("a.mp4", "closed/b.mp4"):
+        write(tmp_path / path, "")
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    assert list(data.find_videos(tmp_path)) == ["a", "closed/b"]
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(OSError, match="Permission denied.*closed"):
+        data.find_videos(tmp_path)
+
+
+def test_video_that_a_list_names_like_a_folder_of_videos(tmp_path, monkeypatch):
+    """frames/a is there, with the folder b in it, but no video a."""
+    write(tmp_path / "videos" / "a" / "b.mp4", "")
+    write_frames(tmp_path / "data" / "frames" / "a" / "b", noise(0, 2, 4, 4, 3))
+    listing = write(tmp_path / "list.csv", "a.mp4,1\na/b.mp4,2\n")
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    assert data.extract(tmp_path / "videos", tmp_path / "data", "train", listing, workers=1) == (1, 1)
+    assert (tmp_path / "data" / "train.txt").read_text() == "a/b 2 2\n"
+    assert failures(tmp_path / "data") == {"a": "no such video"}
+
+
+def test_list_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    write(tmp_path / "train.txt", "the one before\n")
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        data.write_lines(tmp_path / "train.txt", ["a 1 -1"])
+    assert content(tmp_path) == {"train.txt": b"the one before\n"}
 
 
 @needs_ffmpeg
@@ -1156,6 +1403,30 @@ def test_check_names_what_is_wrong_by_line(tmp_path, command, kind):
     assert problem.startswith(f"{folder / 'train.txt'}:3: q/r") and wanted in problem
 
 
+def test_check_counts_what_is_packed(tmp_path, command):
+    """Frames in zips, one zip with a frame too few and one that is none; a folder goes before a zip."""
+    folder = sound_folder(tmp_path)
+    pack(folder / "frames")
+    assert command("check", folder)[0] == 0
+    write_frames(folder / "frames" / "t", noise(0, 2, 3, 3, 3))
+    write_frames(folder / "frames" / "q" / "r", noise(0, 2, 3, 3, 3))
+    (folder / "frames" / "q" / "r.zip").unlink()
+    pack(folder / "frames" / "q")
+    write(folder / "frames" / "s.zip", "no zip\n")
+    status, out, _ = command("check", folder)
+    assert status == 2 and [line for line in out.splitlines() if "labels a video" not in line] == [
+        f"{folder / 'train.txt'}:3: q/r: 2 of 3 frames, 0 other files",
+        f"{folder / 'train.txt'}:4: s: 0 of 3 frames, 0 other files",
+        f"{folder / 'val.txt'}:1: t: 2 of 3 frames, 0 other files", "3 problems"]
+
+
+def test_check_of_a_count_that_no_video_has(tmp_path, command):
+    folder = folder_of(tmp_path, ["p 3 0", "q 900000000000000 1"])
+    status, out, _ = command("check", folder)
+    assert status == 2
+    assert f"{folder / 'train.txt'}:2: q: 3 of 900000000000000 frames, 0 other files\n1 problems\n" in out
+
+
 def test_check_names_a_video_in_two_lists(tmp_path, command):
     folder = sound_folder(tmp_path)
     folder_of(tmp_path, ["t 3 2", "s 3 0"], split="val")
@@ -1185,6 +1456,12 @@ def test_toy_from_the_command_line(tmp_path, command):
     assert command("toy", tmp_path / "one", "--videos", "8", "--seed", "1")[0] == 0
     data.draw_toy(tmp_path / "two", videos=8, seed=1)
     assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def link(path):
+    """A link to itself."""
+    path.symlink_to(path.name)
+    return path
 
 
 def bad_list(text):
@@ -1218,12 +1495,23 @@ BAD_INPUT = {
     "toy_file_there": (lambda folder: ["toy", write(folder / "toy", "")], ["already there"]),
     "toy_too_small": (lambda folder: ["toy", folder / "toy", "--videos", "7"], ["--videos 7"]),
     "toy_seed": (lambda folder: ["toy", folder / "toy", "--seed", "-1"], ["--seed"]),
+    "toy_link": (lambda folder: ["toy", link(folder / "loop")], ["loop: already there"]),
     "toy_below_a_file": (lambda folder: ["toy", write(folder / "file", "") / "toy", "--videos", "8"], ["file"]),
     "no_such_folder": (bad_extract("--videos", "absent"), ["absent"]),
     "no_video": (bad_extract(notes_txt="no video\n"), ["videos", "no video"]),
     "two_of_one_path": (bad_extract(a_mp4="x", a_avi="y"), ["a.mp4", "a.avi"]),
+    "videos_are_a_file": (bad_extract("--videos", "videos/a.mp4", a_mp4="x"), ["a.mp4: no such folder"]),
+    "videos_loop": (lambda folder: bad_extract("--videos", link(folder / "loop"))(folder), ["loop: no such folder"]),
     "workers": (bad_extract("--workers", "0", a_mp4="x"), ["--workers 0"]),
-    "split_is_a_path": (bad_extract("--split", "a/b", a_mp4="x"), ["--split"]),
+    "workers_negative": (bad_extract("--workers", "-2", a_mp4="x"), ["--workers -2"]),
+    "workers_huge": (bad_extract("--workers", "1000000000", a_mp4="x"), ["--workers 1000000000: from 1 to 1000"]),
+    "split_is_a_path": (bad_extract("--split", "a/b", a_mp4="x"), ["--split a/b"]),
+    "split_is_above": (bad_extract("--split", "..", a_mp4="x"), ["--split .."]),
+    "split_is_empty": (bad_extract("--split", "", a_mp4="x"), ["--split"]),
+    "split_is_the_categories": (bad_extract("--split", "categories", a_mp4="x"), ["--split categories"]),
+    "out_is_a_file": (bad_extract("--out", "videos/a.mp4", a_mp4="x"), ["a.mp4"]),
+    "out_is_below_a_file": (bad_extract("--out", "videos/a.mp4/b", a_mp4="x"), ["a.mp4"]),
+    "list_is_a_folder": (bad_extract("--list", "videos", a_mp4="x"), ["videos"]),
     "no_such_list": (bad_extract("--list", "absent.txt", a_mp4="x"), ["absent.txt"]),
     "ambiguous": (bad_list("a.mp4 92 69\n"), ["list.txt", "--format"]),
     "votes": (bad_list("singing/a.mp4,singing,3,1\n"), ["list.txt:1:", "single-label"]),
@@ -1233,10 +1521,15 @@ BAD_INPUT = {
     "latin_1": (bad_list(b"caf\xe9.mp4,1\n"), ["list.txt", "UTF-8"]),
     "empty": (bad_list(""), ["list.txt", "no video"]),
     "leads_out": (bad_list("../a.mp4,1\n"), ["list.txt:1:", "../a.mp4"]),
+    "no_name": (bad_list("a.mp4,1\n,3\n"), ["list.txt:2:", "''"]),
+    "no_place": (bad_list("a.mp4,1\n.mp4,3\n"), ["list.txt:2:", "'.mp4'"]),
+    "two_slashes": (bad_list("a//b.mp4,1\n"), ["list.txt:1:", "'a//b.mp4'"]),
+    "huge": (bad_list("a 9 1,2\nb 9999999999999999 1,2\n"), ["list.txt:2:", "'9999999999999999'"]),
     "no_categories": (bad_check(train="a 9 0\n"), ["categories.txt"]),
     "bad_categories": (bad_check(categories="a,0\nb,2\n", train="a 9 0\n"), ["categories.txt"]),
     "too_high": (bad_check(categories="a\nb\n", train="a 9 0\nb 9 2\n"), ["train.txt:2:", "label 2"]),
     "no_list": (bad_check(categories="a\nb\n"), ["train.txt"]),
+    "no_counts": (bad_check(categories="a\nb\n", train="a.mp4,0\n"), ["train.txt: no frame counts"]),
     "no_folder": (lambda folder: ["check", folder / "absent"], ["absent"]),
 }
 
