@@ -6,17 +6,19 @@
 A turn is one call of ours and one of the reference; the table has both medians, and of the turns' ratios the median and
 the quartiles: where these are far apart the machine was busy, and no figure is worth quoting. "x its speed" is the
 reference's time over ours, "x its time" ours over the reference's. The data are drawn into a temporary folder: JPEGs of
-426x320 that take 23 kB, as real frames do. The references are written out below.
+426x320 that take 23 kB, as real frames do, in folders and packed. The references are written out below.
 """
 import argparse
 import concurrent.futures
 import functools
+import gc
 import itertools
 import os
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,7 @@ import tsn
 
 CLASSES, CORES, THREADS, CUDA = 313, os.cpu_count(), torch.get_num_threads(), torch.cuda.is_available()
 IMAGE, VIDEO = tsm.RECIPES["r50_8f"], {**slowfast.RECIPES["r101_8x8"], "depth": 50}  # 8 x 224, 32 x 112 pixels
+DRAFT = {**VIDEO, "draft": True}
 MODELS = {"tsn": (tsn, {**tsn.RECIPES["r101_5f"], "backbone": "resnet50", "frames": 8}), "slowfast": (slowfast, VIDEO),
           "trn": (trn, trn.RECIPES["r50_8f"]), "tsm": (tsm, IMAGE), "tin": (tin, tin.RECIPES["r50_8f"])}
 
@@ -60,34 +63,38 @@ def compare(run, work, reference, goal, ours, theirs, turns, threads=THREADS):
 
 @functools.cache
 def draw_data(folder, videos=6, frames=90):
-    """A data folder in which coarse, middle and fine clouds drift."""
+    """Two data folders in which coarse, middle and fine clouds drift: as folders of frames, and the same packed."""
     for video in range(videos):
-        rng, pixels = np.random.default_rng(video), 0
+        rng, pixels, place = np.random.default_rng(video), 0, folder / "folders" / "frames" / str(video)
         for size, weight in ((6, 0.65), (24, 0.25), (96, 0.1)):
             grain = Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8))
             pixels = pixels + weight * np.asarray(grain.resize((540, 420), Image.BICUBIC))
-        (folder / "frames" / str(video)).mkdir(parents=True)
-        for i in range(frames):
-            frame = Image.fromarray(pixels[i : i + 320, i : i + 426].astype(np.uint8))
-            frame.save(folder / "frames" / str(video) / data.FRAME.format(i + 1), quality=90)
-    data.write_lines(folder / "train.txt", [f"{video} {frames} {video},{video + 1}" for video in range(videos)])
-    data.write_lines(folder / "categories.txt", [f"class {number}" for number in range(CLASSES)])
-    return folder
+        place.mkdir(parents=True)
+        (folder / "packed" / "frames").mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(folder / "packed" / "frames" / f"{video}.zip", "w") as archive:
+            for i in range(frames):
+                name, part = data.FRAME.format(i + 1), pixels[i : i + 320, i : i + 426]
+                Image.fromarray(part.astype(np.uint8)).save(place / name, quality=90)
+                archive.write(place / name, name)
+    for half in (folder / "folders", folder / "packed"):
+        data.write_lines(half / "train.txt", [f"{video} {frames} {video},{video + 1}" for video in range(videos)])
+        data.write_lines(half / "categories.txt", [f"class {number}" for number in range(CLASSES)])
+    return folder / "folders", folder / "packed"
 
 
 def clips(run):
-    draft = [(112, {**VIDEO, "draft": True}, ">= 1.8")] if "draft" in VIDEO else []
-    for size, recipe, goal in [(224, IMAGE, ">= 1.3"), (112, VIDEO, ">= 1.25"), *draft]:
-        videos = data.VideoList(draw_data(run.folder), "train", recipe, train=True)
+    folder = draw_data(run.folder)[0]
+    for size, recipe, goal in ((224, IMAGE, ">= 1.3"), (112, VIDEO, ">= 1.25"), (112, DRAFT, ">= 1.8")):
+        videos = data.VideoList(folder, "train", recipe, train=True)
         clip = videos[0][0]
 
         def decode_and_resize(turn):
             epoch, row = divmod(turn, len(videos))  # the same frames as ours
             for i in data.sample_indices(90, recipe, np.random.default_rng([0, epoch, row])):
-                with Image.open(run.folder / "frames" / str(row) / data.FRAME.format(i + 1)) as image:
+                with Image.open(folder / "frames" / str(row) / data.FRAME.format(i + 1)) as image:
                     image.resize((size, size), Image.BILINEAR)
 
-        compare(run, f"{len(clip)} frames -> {size} training clip{', draft' * recipe.get('draft', False)}, one core, "
+        compare(run, f"{len(clip)} frames -> {size} training clip{', draft' * (recipe is DRAFT)}, one core, "
                 f"{clip.dtype}, {clip.nbytes / 1e6:.2f} MB", "Pillow decode + one Pillow resize, nothing else", goal,
                 videos.__getitem__, decode_and_resize, 24 if run.quick else 120, threads=1)
 
@@ -198,27 +205,37 @@ def mean_ap(run):
         scores, labels), lambda turn: blocks().mean(), 15)
 
 
-def extraction(run):
-    videos, count, pool = run.folder / "videos", 2 * CORES, concurrent.futures.ThreadPoolExecutor(CORES)
-    videos.mkdir()
-    for number in range(count):
+@functools.cache
+def draw_videos(folder):
+    """A folder of two videos for each core."""
+    folder.mkdir()
+    for number in range(2 * CORES):
         subprocess.run(["ffmpeg", "-nostdin", "-v", "error", "-f", "lavfi", "-i", "testsrc2=s=640x480:r=25:d=3", "-vf",
-                        "noise=c0s=12:c0f=t,format=yuv420p", videos / f"{number}.mp4"], check=True)
+                        "noise=c0s=12:c0f=t,format=yuv420p", folder / f"{number}.mp4"], check=True)
+    return folder
+
+
+def extraction(run):
+    videos, pool = draw_videos(run.folder / "videos"), concurrent.futures.ThreadPoolExecutor(CORES)
 
     def ffmpeg_alone(file):
         subprocess.run(["ffmpeg", "-nostdin", "-v", "error", "-threads", "1", "-i", file, "-vf", "fps=30,scale=-2:320",
                         "-q:v", "2", Path(tempfile.mkdtemp(dir=run.folder), "img_%05d.jpg")], check=True)
 
-    assert data.extract(videos, tempfile.mkdtemp(dir=run.folder), "train", workers=CORES) == (count, 0)
-    compare(run, f"extraction, {count} videos of 3 s, {CORES} cores", "ffmpeg alone, one process a core", ">= 0.9",
-            lambda turn: data.extract(videos, tempfile.mkdtemp(dir=run.folder), "train", workers=CORES),
-            lambda turn: list(pool.map(ffmpeg_alone, videos.iterdir())), 3 if run.quick else 11)
+    for pack in (False, True):
+        def extract(turn):
+            out = tempfile.mkdtemp(dir=run.folder)
+            assert data.extract(videos, out, "train", workers=CORES, pack=pack) == (2 * CORES, 0)
+
+        compare(run, f"extraction{', packed' * pack}, {2 * CORES} videos of 3 s, {CORES} cores",
+                "ffmpeg alone, one process a core", ">= 0.9", extract,
+                lambda turn: list(pool.map(ffmpeg_alone, videos.iterdir())), 3 if run.quick else 11)
 
 
 def views(run):
     device, recipe = torch.device("cuda" if CUDA else "cpu"), {**VIDEO, **({"clips": 2} if run.quick else {})}
     look = functools.partial(evaluate.test_views, recipe=recipe, protocol=evaluate.make_protocol(recipe, "multiscale"))
-    videos = data.VideoList(draw_data(run.folder), "train", recipe, train=False, views=look)
+    videos = data.VideoList(draw_data(run.folder)[0], "train", recipe, train=False, views=look)
     some, workers = torch.utils.data.Subset(videos, range(6 if CUDA else 1)), min(16, CORES) if CUDA else 0
     model, sides = slowfast.build(recipe, CLASSES).to(device).eval(), [clip.shape[1] for clip, _ in videos[0][1]]
     passes = [torch.randn(min(16, sides.count(side) - start), 32, 3, side, side, device=device)
@@ -252,44 +269,67 @@ def seconds_on_gpu(work, turns):
     return np.median(times[5:])
 
 
-def gpu(run, tsn_seconds={}):  # it remembers TSN's: what TSM and TIN take longer is their operator's share
+GPU = {}  # (model, setting): seconds a step; what TSM and TIN take longer than TSN is their operator's share
+
+
+def gpu_setting(run, name, setting, bandwidth):
+    """Print a line; a function of its own, so that the next setting finds the memory empty."""
+    (module, recipe), (precision, last, compiled) = MODELS[name], setting
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    batch, model = [x.pin_memory() for x in random_batch(recipe, run.batch)], module.build(recipe, CLASSES)
+    layout = getattr(torch, last + "_3d" * (module is slowfast)) if last else torch.contiguous_format
+    options = "cuda", torch.bfloat16 if precision == "bf16" else None, layout
+    with Traffic() as traffic:
+        training_step(model, recipe, None, *options)(batch)
+    step = training_step(model, recipe, torch.compile(model) if compiled else None, *options)
+    GPU[name, setting] = seconds = seconds_on_gpu(lambda: step(batch), 10 if run.quick else 30)
+    beside = f"{seconds / GPU['tsn', setting]:.2f}" if ("tsn", setting) in GPU and module is not slowfast else ""
+    print(f"| {run.row} | {precision} | {last} | {compiled} | {run.batch / seconds:,.0f} | {beside} | "
+          f"{torch.cuda.max_memory_allocated() / 2**30:.1f} | {traffic.bytes / bandwidth / seconds:.0%} |", flush=True)
+
+
+def gpu(run):
     if not CUDA:
         return print(f"| {run.row} | no GPU: not run |" + " |" * 6)
-    module, recipe = MODELS[run.row.removeprefix("gpu-")]
-    batch = [x.pin_memory() for x in random_batch(recipe, run.batch)]
     bandwidth = 2**31 / seconds_on_gpu(torch.empty(2**28, device="cuda").clone, 20)  # bytes a second, read and written
     for setting in itertools.product(("fp32", "TF32", "bf16"), ("", "channels_last"), ("", "compiled")):
-        precision, last, compiled = setting
-        if run.quick and (precision == "bf16") != bool(last):
-            continue  # quick: fp32 and TF32 plain, bf16 in channels_last
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
-        torch.compiler.reset()
-        torch.cuda.reset_peak_memory_stats()
-        model = module.build(recipe, CLASSES)
-        layout = getattr(torch, last + "_3d" * (module is slowfast)) if last else torch.contiguous_format
-        options = "cuda", torch.bfloat16 if precision == "bf16" else None, layout
-        with Traffic() as traffic:
-            training_step(model, recipe, None, *options)(batch)
-        step = training_step(model, recipe, torch.compile(model) if compiled else None, *options)
-        seconds = seconds_on_gpu(lambda: step(batch), 10 if run.quick else 30)
-        if module is tsn:
-            tsn_seconds[setting] = seconds
-        beside = f"{seconds / tsn_seconds[setting]:.2f}" if setting in tsn_seconds and module is not slowfast else ""
-        rate, memory = run.batch / seconds, torch.cuda.max_memory_allocated() / 2**30
-        print(f"| {run.row} | {precision} | {last} | {compiled} | {rate:,.0f} | {beside} | {memory:.1f} | "
-              f"{traffic.bytes / bandwidth / seconds:.0%} |", flush=True)
+        if not run.quick or (setting[0] == "bf16") == bool(setting[1]):  # quick: channels_last for bf16 alone
+            gpu_setting(run, run.row.removeprefix("gpu-"), setting, bandwidth)
+
+
+def loader_rate(folder, recipe, workers, batches):
+    """Clips a second from a loader, once all its workers are at work."""
+    videos = data.VideoList(folder, "train", recipe, train=True)
+    stream = torch.utils.data.DataLoader(
+        videos, 8, sampler=range(8 * workers * (1 + batches)), num_workers=workers, pin_memory=CUDA)
+    arrivals = [time.perf_counter() for _ in stream][workers - 1 :]
+    return 8 * workers * batches / (arrivals[-1] - arrivals[0])
 
 
 def loader(run):
+    kinds = list(itertools.product((IMAGE, VIDEO, DRAFT), draw_data(run.folder)))
     for workers in (2**n for n in range(CORES.bit_length())):
-        rates = []
-        for recipe in (IMAGE, VIDEO):
-            videos, batches = data.VideoList(draw_data(run.folder), "train", recipe, train=True), 2 if run.quick else 16
-            stream = torch.utils.data.DataLoader(
-                videos, 8, sampler=range(8 * workers * (1 + batches)), num_workers=workers, pin_memory=CUDA)
-            arrivals = [time.perf_counter() for _ in stream][workers - 1 :]  # by then all workers are at work
-            rates.append(8 * workers * batches / (arrivals[-1] - arrivals[0]))
-        print(f"| {run.row} | {workers} | {rates[0]:,.0f} | {rates[1]:,.0f} |", flush=True)
+        rates = [loader_rate(folder, recipe, workers, 4 if run.quick else 16) for recipe, folder in kinds]
+        print(f"| {run.row} | {workers} |", *(f"{rate:,.0f} |" for rate in rates), flush=True)
+    best = {name: min((GPU[key] for key in GPU if key[0] == name), default=None) for name in ("tsn", "slowfast")}
+    eaten = [f"{run.batch / best[name]:,.0f}" if best[name] else "not run" for name in best]
+    print(f"| {run.row} | the GPU eats, at its best | {eaten[0]} | | {eaten[1]} |" + " |" * 3)
+
+
+def units(run):
+    """What a scale table is computed from, beside the clips a second of one worker in the table before."""
+    rates, sizes = [], []
+    for pack, folder in enumerate(draw_data(run.folder)):
+        start, videos = time.perf_counter(), draw_videos(run.folder / "videos")
+        data.extract(videos, tempfile.mkdtemp(dir=run.folder), "train", workers=CORES, pack=bool(pack))
+        rates.append(2 / (time.perf_counter() - start))  # each core has had two
+        blocks = sum(file.stat().st_blocks for file in (folder / "frames").rglob("*"))
+        sizes.append(512 * blocks / sum(video.frames for video in data.read_list(folder / "train.txt")))
+    print(f"| {run.row} | videos of 3 s extracted in a second by a core | {rates[0]:.2f} | {rates[1]:.2f} |\n"
+          f"| {run.row} | bytes a frame of 426x320 takes on the disk | {sizes[0]:,.0f} | {sizes[1]:,.0f} |")
 
 
 TABLES = {  # title: (head, {row: its function})
@@ -304,7 +344,9 @@ TABLES = {  # title: (head, {row: its function})
         "map": mean_ap, "extract": extraction, "views": views}),
     "Training steps on a GPU": ("row | precision | layout | compile | clips/s | x TSN's time | peak GiB | of bound", {
         f"gpu-{name}": gpu for name in ("tsn", "trn", "tsm", "tin", "slowfast")}),
-    "Clips a second from the loader": ("row | workers | 8 x 224 | 32 x 112", {"loader": loader}),
+    "Clips a second from the loader": (
+        "row | workers | 8 x 224 | packed | 32 x 112 | packed | 32 x 112, draft | packed", {"loader": loader}),
+    "Unit rates of the scale table": ("row | unit | folders | packed", {"units": units}),
 }
 
 
