@@ -20,7 +20,6 @@ import io
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -265,9 +264,9 @@ def normalise(clips, mean, std, channels_last=False):
 
 
 def ignore_signals(_):
-    """A loader's worker leaves Ctrl-C and SIGTERM to its main process, which finishes its step and then ends it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """A loader's worker leaves the process group: signals to all of it, such as Ctrl-C, reach the main process alone,
+    which finishes its step first. (Not deaf to SIGTERM: by that the main process ends its workers.)"""
+    os.setpgrp()
 
 
 TOY_CATEGORIES = ["moving+right", "moving+left", "moving+down", "moving+up", "moving+down+right", "moving+up+left",
