@@ -11,10 +11,10 @@ Report: arXiv 2003.05837, Table 1. Paper: Shao, Qian and Liu, "Temporal Interlac
     offset -1     b          c          d          0          content moves earlier
     offset +1/2   a/2        (a+b)/2    (b+c)/2    (c+d)/2    every distance in between: so it can be learned
 
-Before the first convolution of every residual block (the shortcut keeps the frames where they are), the first C/4
+Before the first convolution of every residual block (the shortcut keeps the frames where they are), the first f = C/4
 channels move in G = 4 groups, by o0, o1, -o0, -o1; then every frame of a group is scaled by a weight.
 
-B clips, T frames, C channels, H height, W width, K classes, G groups, f = C/4 moved channels, D features per frame.
+B clips, T frames, C channels, H height, W width, K classes, D features per frame.
 """
 import re
 
@@ -23,26 +23,20 @@ import torch.nn as nn
 import torchvision
 
 REPORT = dict(
-    frames=8,  # T; report: 8 or 16
+    frames=8, depth=50,  # T: 8 or 16, ResNet-50 or 101; report, Table 1
     sampling="segments", stride=1,  # a frame from each of T equal parts; report: "evenly select" (stride is for "clip")
-    depth=50,  # ResNet-50 or 101; report, Table 1
     dropout=0.5,  # before the classifier; report
     augment="multiscale",  # report: "spatial jittering", TSN's crops of 1, .875, .75 and .66 of the short side
-    crop=224, jitter=(256, 320),  # pixels, the side of a training clip; report (jitter is for augment "jitter")
-    flip=True,  # half of the training clips are mirrored; report
+    crop=224, jitter=(256, 320), flip=True,  # pixels; half of the clips mirrored; report (jitter: for augment "jitter")
     mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),  # RGB in 0..1; our choice: ImageNet's, as the weights' are
     loss="bce", loss_scale=160.0,  # mean binary cross-entropy, times 160; report: "a huge performance gain"
     class_weight="none",  # none, sqrt or ratio; report: the other two gained slightly and were not used
     batch=64, reference_batch=64,  # clips a step, and those lr is meant for; our choice: TSM's authors, for lr 0.01
     lr=0.01,  # at reference_batch, otherwise in proportion; report
-    schedule="step",  # lr / 10 at each milestone; report: "divided by 10, 20 epochs"
-    milestones=(10, 20), epochs=30,  # our choice: our reading of that sentence, and a third part as long as the others
+    schedule="step", milestones=(10, 20), epochs=30,  # lr / 10, twice; report: "divided by 10, 20 epochs"; 30 is ours
     warmup=0,  # steps at reference_batch; our choice: clip_grad already tames the first steps
-    momentum=0.9,  # report
-    nesterov=False,  # our choice: the report names momentum alone
-    weight_decay=5e-4,  # on every parameter; report
-    clip_grad=20.0,  # largest norm of the gradient, 0: off; our choice: the authors' code, the report is silent
-    sync_bn=False,  # batch norm over all GPUs; our choice: the report has it for SlowFast alone
+    momentum=0.9, nesterov=False, weight_decay=5e-4,  # report, which names no Nesterov; decay of every parameter
+    clip_grad=20.0, sync_bn=False,  # largest gradient norm, 0: off; BN over all GPUs; our choice: the authors' code
     init="imagenet",  # torchvision's weights; our choice: the report starts from Kinetics-600, for which --init FILE is
     test_resize=256, test_crop=224,  # pixels, short side and centre crop of the one view; report: 224, peers: 256
     clips=5, crops=3, scales=(256,),  # the fuller protocols: per video, per clip, sides in pixels; report
@@ -53,13 +47,12 @@ RECIPES = {
     "r101_8f": {**REPORT, "depth": 101, "published_map": 62.2},  # the authors' model zoo, which gives one decimal
     "r101_16f": {**REPORT, "depth": 101, "frames": 16, "published_map": 62.49},  # their model zoo says ResNet-50
     "toy": {
-        **REPORT,
-        "depth": 18, "crop": 32, "test_resize": 36, "test_crop": 32, "scales": (36,),  # 40x36 pixels are 426x320 here
+        **REPORT, "depth": 18, "crop": 32, "test_resize": 36, "test_crop": 32, "scales": (36,),  # 40x36 is 426x320 here
         "augment": "jitter", "jitter": (36, 36),  # a random crop of 32: TSN's smaller ones would cut off what moves
         "flip": False,  # a mirrored video moves the other way: the flip would swap two labels
         "loss_scale": 10 / 1.7,  # classes / labels per video: what 160 is to 313 classes with 1.96 labels
         "batch": 16, "reference_batch": 16, "lr": 0.03, "schedule": "cosine", "epochs": 7,  # minutes on a laptop
-        "init": "none", "published_map": None,  # motion can be learned from nothing, and no download is needed
+        "init": "none", "published_map": None,  # from nothing, which is enough here, and no download is needed
     },
 }
 
@@ -78,8 +71,10 @@ def temporal_interlace(x, offsets, weights=None):
     matrix = torch.relu(1 - distance.abs())  # not torch.maximum, whose gradient at 0 is one half
     if weights is not None:
         matrix = matrix * weights[..., None]  # a row is the frame that values arrive at
-    groups = x.unflatten(2, (offsets.shape[1], -1))  # (B, T, G, C/G, H, W)
-    return torch.einsum("bgts,bsgchw->btgchw", matrix.to(x.dtype), groups).flatten(2, 3)
+    place = 4 if x.stride(2) == 1 else 2  # channels_last, which has the channels last in memory, stays channels_last
+    groups = x.movedim(2, place).unflatten(place, (offsets.shape[1], -1)).movedim(place, 1)  # (B, G, T, ...)
+    y = (matrix.to(x.dtype) @ groups.flatten(3)).view(groups.shape)
+    return y.movedim(1, place).flatten(place, place + 1).movedim(place, 2)
 
 
 class TemporalInterlace(nn.Module):
@@ -97,7 +92,9 @@ class TemporalInterlace(nn.Module):
         nn.init.zeros_(self.weight_conv.bias)  # weights start near 1
 
     def forward(self, x):
-        moved, kept = x.split([self.moved, x.shape[2] - self.moved], dim=2)
+        frames = x.flatten(0, 1)  # (B*T, C, H, W): split and cat keep channels_last in four dimensions alone
+        moved, kept = frames.split([self.moved, frames.shape[1] - self.moved], dim=1)
+        moved = moved.unflatten(0, x.shape[:2])  # (B, T, f, H, W)
         with torch.autocast(x.device.type, enabled=False):  # distances in the parameters' own float32
             means = moved.mean(dim=(3, 4), dtype=self.weight_conv.weight.dtype).transpose(1, 2)  # (B, f, T)
             hidden = torch.relu(self.offset_fc1(self.offset_conv(means).squeeze(1)))  # (B, T)
@@ -105,7 +102,8 @@ class TemporalInterlace(nn.Module):
             offsets = 4 * (torch.sigmoid(self.offset_fc2(hidden)) - 0.5)  # (B, 2)
             weights = 2 * torch.sigmoid(self.weight_conv(means))  # (B, 2, T)
         offsets = torch.cat([offsets, -offsets], dim=1)  # (B, G): o0 o1 -o0 -o1, but weights w0 w1 w0 w1
-        return torch.cat([temporal_interlace(moved, offsets, torch.cat([weights, weights], dim=1)), kept], dim=2)
+        moved = temporal_interlace(moved, offsets, torch.cat([weights, weights], dim=1))
+        return torch.cat([moved.flatten(0, 1), kept], dim=1).unflatten(0, x.shape[:2])
 
 
 def residual(block, x, moved):
@@ -130,19 +128,18 @@ class TIN(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.interlace = nn.ModuleDict({
             stage: nn.ModuleList(TemporalInterlace(block.conv1.in_channels, frames) for block in blocks)
-            for stage, blocks in self.backbone.named_children() if stage.startswith("layer")
-        })
+            for stage, blocks in self.backbone.named_children() if stage.startswith("layer")})
 
     def features(self, clip):
         """clip (B, T, 3, H, W) -> what the classifier sees of each frame, (B, T, D)."""
         if clip.shape[1] != self.frames:
-            raise ValueError(f"this TIN takes clips of {self.frames} frames, got {clip.shape[1]}")
-        net = self.backbone
+            raise ValueError(f"the network takes clips of {self.frames} frames, got {clip.shape[1]}")
         x = clip.flatten(0, 1)  # (B*T, 3, H, W): to the 2D network a frame is an image
+        net = self.backbone
         x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
-        for stage, interlaces in self.interlace.items():
-            for block, interlace in zip(getattr(net, stage), interlaces):
-                moved = interlace(x.unflatten(0, (-1, self.frames))).flatten(0, 1)
+        for stage in ("layer1", "layer2", "layer3", "layer4"):
+            for i, block in enumerate(getattr(net, stage)):
+                moved = self.interlace[stage][i](x.unflatten(0, (-1, self.frames))).flatten(0, 1)
                 x = residual(block, x, moved)  # (B*T, C, H, W)
         return net.avgpool(x).flatten(1).unflatten(0, (-1, self.frames))  # (B, T, D)
 
@@ -155,8 +152,8 @@ def build(recipe, num_classes):
     return TIN(num_classes, recipe["frames"], recipe["depth"], recipe["dropout"])
 
 
-# Other people's keys -> ours: stem, blocks, offset and weight nets, classifier. Whole keys: taking out every ".net"
-# would turn conv1.net2, a block's first convolution, into conv12. (.conv. and .bn. are mmaction2's.)
+# Other people's keys -> ours. Only whole keys: to cut out a word wherever it stands (.net, .conv) would take in other
+# networks, which have it elsewhere. (.conv. and .bn. are mmaction2's.)
 BACKBONE = r"(?:module\.)?(?:(?:base_model|backbone)\.)?"
 BLOCK = BACKBONE + r"(layer[1-4]\.\d+)\."
 NET = BLOCK + r"conv1\.(?:conv\.)?net1\."
@@ -179,20 +176,18 @@ KEYS = [
 
 
 def convert(checkpoint):
-    """What was read from a checkpoint file -> a state dict in our names.
-
-    Complete, for a strict load: ours, and the TIN files of X-Temporal, deepcs233/TIN and mmaction2. A start without the
-    offset and weight nets: TSN and TSM files of X-Temporal, tsn-pytorch, temporal-shift-module, mmaction2. A start
-    without a classifier too: torchvision's ImageNet ResNets. ValueError for any other layout, with its first keys.
-    """
+    """What was read from a checkpoint file -> a state dict in our names. ValueError for a layout that is none of these:
+    ours and the TIN files of X-Temporal, deepcs233/TIN and mmaction2: complete, for a strict load;
+    the TSN and TSM files of X-Temporal, tsn-pytorch, temporal-shift-module and mmaction2: all but the small nets;
+    torchvision's ImageNet ResNets: the backbone alone."""
     tensors = next((checkpoint[k] for k in ("state_dict", "model") if isinstance(checkpoint.get(k), dict)), checkpoint)
     if "conv1.weight" in tensors:  # torchvision's own file: its 1,000 classes are not ours
         tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("fc.")}
     ours = {key: next((m.expand(name) for pattern, name in KEYS if (m := re.fullmatch(pattern, key))), None)
             for key in tensors}
-    unknown = [key for key, name in ours.items() if name is None]
-    if unknown or not ours:
-        raise ValueError(f"tin.py has no place for {len(unknown)} of {len(ours)} keys: {', '.join(unknown[:3])} ...")
+    rest = [key for key, name in ours.items() if name is None]
+    if rest or not ours:
+        raise ValueError(f"{__name__}.py has no place for {len(rest)} of {len(ours)} keys: {', '.join(rest[:3])} ...")
     state = {ours[key]: tensor for key, tensor in tensors.items()}
     for key in [key for key in state if key.endswith("running_var")]:  # PyTorch before 0.4.1 did not count batches
         state.setdefault(key.replace("running_var", "num_batches_tracked"), torch.tensor(0))

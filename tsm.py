@@ -22,27 +22,21 @@ import torch.nn as nn
 import torchvision
 
 REPORT = dict(
-    frames=8,  # T; report: 8 or 16
+    frames=8, depth=50,  # T: 8 or 16, ResNet-50 or 101; report, Table 1
     sampling="segments", stride=1,  # a frame from each of T equal parts; report: "evenly select" (stride is for "clip")
-    depth=50,  # ResNet-50 or 101; report, Table 1
-    shift_every=1,  # shift in every n-th block; our choice: the authors' code, TSM's own ResNet-101 weights need 2
+    shift_every=1,  # n: a stage's blocks 0, n, 2n ... shift; our choice: the authors' code (TSM's own ResNet-101: 2)
     dropout=0.5,  # before the classifier; report
     augment="multiscale",  # report: "spatial jittering", TSN's crops of 1, .875, .75 and .66 of the short side
-    crop=224, jitter=(256, 320),  # pixels, the side of a training clip; report (jitter is for augment "jitter")
-    flip=True,  # half of the training clips are mirrored; report
+    crop=224, jitter=(256, 320), flip=True,  # pixels; half of the clips mirrored; report (jitter: for augment "jitter")
     mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),  # RGB in 0..1; our choice: ImageNet's, as the weights' are
     loss="bce", loss_scale=160.0,  # mean binary cross-entropy, times 160; report: "a huge performance gain"
     class_weight="none",  # none, sqrt or ratio; report: the other two gained slightly and were not used
     batch=64, reference_batch=64,  # clips a step, and those lr is meant for; our choice: TSM's authors, for lr 0.01
     lr=0.01,  # at reference_batch, otherwise in proportion; report
-    schedule="step",  # lr / 10 at each milestone; report: "divided by 10, 20 epochs"
-    milestones=(10, 20), epochs=30,  # our choice: our reading of that sentence, and a third part as long as the others
+    schedule="step", milestones=(10, 20), epochs=30,  # lr / 10, twice; report: "divided by 10, 20 epochs"; 30 is ours
     warmup=0,  # steps at reference_batch; our choice: clip_grad already tames the first steps
-    momentum=0.9,  # report
-    nesterov=False,  # our choice: the report names momentum alone
-    weight_decay=5e-4,  # on every parameter; report
-    clip_grad=20.0,  # largest norm of the gradient, 0: off; our choice: the authors' code, the report is silent
-    sync_bn=False,  # batch norm over all GPUs; our choice: the report has it for SlowFast alone
+    momentum=0.9, nesterov=False, weight_decay=5e-4,  # report, which names no Nesterov; decay of every parameter
+    clip_grad=20.0, sync_bn=False,  # largest gradient norm, 0: off; BN over all GPUs; our choice: the authors' code
     init="imagenet",  # torchvision's weights; our choice: the report starts from Kinetics-600, for which --init FILE is
     test_resize=256, test_crop=224,  # pixels, short side and centre crop of the one view; report: 224, peers: 256
     clips=5, crops=3, scales=(256,),  # the fuller protocols: per video, per clip, sides in pixels; report
@@ -54,13 +48,12 @@ RECIPES = {
     "r101_8f": {**REPORT, "depth": 101, "published_map": 61.06},  # report, Table 1
     "r101_16f": {**REPORT, "depth": 101, "frames": 16, "published_map": None},  # the figure is not in our sources
     "toy": {
-        **REPORT,
-        "depth": 18, "crop": 32, "test_resize": 36, "test_crop": 32, "scales": (36,),  # 40x36 pixels are 426x320 here
+        **REPORT, "depth": 18, "crop": 32, "test_resize": 36, "test_crop": 32, "scales": (36,),  # 40x36 is 426x320 here
         "augment": "jitter", "jitter": (36, 36),  # a random crop of 32: TSN's smaller ones would cut off what moves
         "flip": False,  # a mirrored video moves the other way: the flip would swap two labels
         "loss_scale": 10 / 1.7,  # classes / labels per video: what 160 is to 313 classes with 1.96 labels
         "batch": 16, "reference_batch": 16, "lr": 0.03, "schedule": "cosine", "epochs": 7,  # minutes on a laptop
-        "init": "none", "published_map": None,  # motion can be learned from nothing, and no download is needed
+        "init": "none", "published_map": None,  # from nothing, which is enough here, and no download is needed
     },
 }
 
@@ -68,11 +61,12 @@ RECIPES = {
 def temporal_shift(x):
     """x (B, T, C, H, W) -> the same shape: the first C/8 channels one frame earlier, the next C/8 one later, zeros at
     the ends. The paper's figure has the two directions swapped; the released weights were trained with these."""
+    place = 4 if x.stride(2) == 1 else 2  # channels_last, which has the channels last in memory, stays channels_last
     eighth = x.shape[2] // 8
-    earlier, later, kept = x.split([eighth, eighth, x.shape[2] - 2 * eighth], dim=2)
-    earlier = nn.functional.pad(earlier, (0, 0, 0, 0, 0, 0, -1, 1))  # two ends an axis, last axis first: W, H, C, T
+    earlier, later, kept = x.movedim(2, place).split([eighth, eighth, x.shape[2] - 2 * eighth], dim=place)
+    earlier = nn.functional.pad(earlier, (0, 0, 0, 0, 0, 0, -1, 1))  # two ends an axis, last axis first, T the fourth
     later = nn.functional.pad(later, (0, 0, 0, 0, 0, 0, 1, -1))
-    return torch.cat([earlier, later, kept], dim=2)
+    return torch.cat([earlier, later, kept], dim=place).movedim(place, 2)
 
 
 def residual(block, x, moved):
@@ -95,18 +89,17 @@ class TSM(nn.Module):
         nn.init.zeros_(self.fc.bias)
         self.backbone.fc = nn.Identity()
         self.dropout = nn.Dropout(dropout)
-        # Blocks 0, n, 2n ... of a stage shift. None: as in TSM's released weights, which work only with their own n.
-        self.shift_every = shift_every or (2 if len(self.backbone.layer3) >= 23 else 1)
+        self.shift_every = shift_every or (1 if depth <= 50 else 2)  # None: as TSM's authors' weights have it
 
     def features(self, clip):
         """clip (B, T, 3, H, W) -> what the classifier sees of each frame, (B, T, D)."""
         if clip.shape[1] != self.frames:
-            raise ValueError(f"this TSM takes clips of {self.frames} frames, got {clip.shape[1]}")
-        net = self.backbone
+            raise ValueError(f"the network takes clips of {self.frames} frames, got {clip.shape[1]}")
         x = clip.flatten(0, 1)  # (B*T, 3, H, W): to the 2D network a frame is an image
+        net = self.backbone
         x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
-        for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
-            for i, block in enumerate(stage):
+        for stage in ("layer1", "layer2", "layer3", "layer4"):
+            for i, block in enumerate(getattr(net, stage)):
                 moved = x if i % self.shift_every else temporal_shift(x.unflatten(0, (-1, self.frames))).flatten(0, 1)
                 x = residual(block, x, moved)  # (B*T, C, H, W)
         return net.avgpool(x).flatten(1).unflatten(0, (-1, self.frames))  # (B, T, D)
@@ -120,8 +113,8 @@ def build(recipe, num_classes):
     return TSM(num_classes, recipe["frames"], recipe["depth"], recipe["dropout"], recipe["shift_every"])
 
 
-# Other people's keys -> ours: stem, blocks, classifier. Whole keys: a net. elsewhere than in conv1 is another network,
-# as are temporal pooling (layer2.net) and non-local blocks. (.conv. and .bn. are mmaction2's.)
+# Other people's keys -> ours. Only whole keys: to cut out a word wherever it stands (.net, .conv) would take in other
+# networks, which have it elsewhere. (.conv. and .bn. are mmaction2's.)
 BACKBONE = r"(?:module\.)?(?:(?:base_model|backbone)\.)?"
 BLOCK = BACKBONE + r"(layer[1-4]\.\d+)\."
 NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
@@ -138,20 +131,18 @@ KEYS = [
 
 
 def convert(checkpoint):
-    """What was read from a checkpoint file -> a state dict in our names.
-
-    Complete, for a strict load: ours, and the TSM files of X-Temporal, temporal-shift-module and mmaction2. A start,
-    complete too since the shift has no weights: TSN files of these and of tsn-pytorch. A start without a classifier:
-    torchvision's ImageNet ResNets. ValueError for any other layout, with its first keys.
-    """
+    """What was read from a checkpoint file -> a state dict in our names. ValueError for a layout that is none of these:
+    ours and the TSM files of X-Temporal, temporal-shift-module and mmaction2: complete, for a strict load;
+    the TSN files of the same people and of tsn-pytorch: complete too, since the shift has no weights;
+    torchvision's ImageNet ResNets: the backbone alone."""
     tensors = next((checkpoint[k] for k in ("state_dict", "model") if isinstance(checkpoint.get(k), dict)), checkpoint)
     if "conv1.weight" in tensors:  # torchvision's own file: its 1,000 classes are not ours
         tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("fc.")}
     ours = {key: next((m.expand(name) for pattern, name in KEYS if (m := re.fullmatch(pattern, key))), None)
             for key in tensors}
-    unknown = [key for key, name in ours.items() if name is None]
-    if unknown or not ours:
-        raise ValueError(f"tsm.py has no place for {len(unknown)} of {len(ours)} keys: {', '.join(unknown[:3])} ...")
+    rest = [key for key, name in ours.items() if name is None]
+    if rest or not ours:
+        raise ValueError(f"{__name__}.py has no place for {len(rest)} of {len(ours)} keys: {', '.join(rest[:3])} ...")
     state = {ours[key]: tensor for key, tensor in tensors.items()}
     for key in [key for key in state if key.endswith("running_var")]:  # PyTorch before 0.4.1 did not count batches
         state.setdefault(key.replace("running_var", "num_batches_tracked"), torch.tensor(0))

@@ -9,7 +9,7 @@ Report: arXiv 2003.05837, Table 1. Paper: Wang and others, "Temporal Segment Net
     logits        f(a)       f(b)       f(c)       f(d)       no frame knows of another
     video         ( f(a)  +  f(b)   +   f(c)  +   f(d) ) / 4  so their order cannot matter
 
-B clips, T frames (the paper's segments), H height, W width, K classes, D features per frame.
+B clips, T frames, C channels, H height, W width, K classes, D features per frame.
 """
 import re
 from collections import OrderedDict
@@ -19,26 +19,20 @@ import torch.nn as nn
 import torchvision
 
 REPORT = dict(
-    frames=5,  # T; report: 5 for this network
+    frames=5, backbone="resnet101",  # T; or resnet18, resnet50, inception_resnet_v2, senet154; report, Table 1
     sampling="segments", stride=1,  # a frame from each of T equal parts; report: "evenly select" (stride is for "clip")
-    backbone="resnet101",  # or resnet18, resnet50, inception_resnet_v2, senet154; report, Table 1
     dropout=0.5,  # before the classifier; report
     augment="multiscale",  # report: "spatial jittering", TSN's crops of 1, .875, .75 and .66 of the short side
-    crop=224, jitter=(256, 320),  # pixels, the side of a training clip; report (jitter is for augment "jitter")
-    flip=True,  # half of the training clips are mirrored; report
+    crop=224, jitter=(256, 320), flip=True,  # pixels; half of the clips mirrored; report (jitter: for augment "jitter")
     mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),  # RGB in 0..1; our choice: ImageNet's, as the weights' are
     loss="bce", loss_scale=160.0,  # mean binary cross-entropy, times 160; report: "a huge performance gain"
     class_weight="none",  # none, sqrt or ratio; report: the other two gained slightly and were not used
     batch=64, reference_batch=64,  # clips a step, and those lr is meant for; our choice: TSM's authors, for lr 0.01
     lr=0.01,  # at reference_batch, otherwise in proportion; report
-    schedule="step",  # lr / 10 at each milestone; report: "divided by 10, 20 epochs"
-    milestones=(10, 20), epochs=30,  # our choice: our reading of that sentence, and a third part as long as the others
+    schedule="step", milestones=(10, 20), epochs=30,  # lr / 10, twice; report: "divided by 10, 20 epochs"; 30 is ours
     warmup=0,  # steps at reference_batch; our choice: clip_grad already tames the first steps
-    momentum=0.9,  # report
-    nesterov=False,  # our choice: the report names momentum alone
-    weight_decay=5e-4,  # on every parameter; report
-    clip_grad=20.0,  # largest norm of the gradient, 0: off; our choice: the authors' code, the report is silent
-    sync_bn=False,  # batch norm over all GPUs; our choice: the report has it for SlowFast alone
+    momentum=0.9, nesterov=False, weight_decay=5e-4,  # report, which names no Nesterov; decay of every parameter
+    clip_grad=20.0, sync_bn=False,  # largest gradient norm, 0: off; BN over all GPUs; our choice: the authors' code
     init="imagenet",  # torchvision's weights; our choice: the report starts from Kinetics-600, for which --init FILE is
     test_resize=256, test_crop=224,  # pixels, short side and centre crop of the one view; report: 224, peers: 256
     clips=5, crops=3, scales=(256,),  # the fuller protocols: per video, per clip, sides in pixels; report
@@ -47,32 +41,28 @@ REPORT = dict(
 RECIPES = {
     "r101_5f": REPORT,
     "inception_resnet_v2_5f": {
-        **REPORT,
-        "backbone": "inception_resnet_v2", "published_map": 57.45,
+        **REPORT, "backbone": "inception_resnet_v2", "published_map": 57.45, "init": "none",  # torchvision has none
         "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5),  # as its public weights; with ImageNet's they run, but worse
-        "init": "none",  # torchvision has no weights for it: --init FILE takes timm's and Cadene's
     },
     "senet154_5f": {**REPORT, "backbone": "senet154", "published_map": 53.19, "init": "none"},  # none: same reason
     "toy": {
-        **REPORT,
-        "frames": 8, "backbone": "resnet18",  # as the other models here: what they gain then comes from frame order
-        "crop": 32, "test_resize": 36, "test_crop": 32, "scales": (36,),  # 40x36 pixels are 426x320 here
+        **REPORT, "backbone": "resnet18", "frames": 8,  # as the others': what they gain then comes from frame order
+        "crop": 32, "test_resize": 36, "test_crop": 32, "scales": (36,),  # 40x36 is 426x320 here
         "augment": "jitter", "jitter": (36, 36),  # a random crop of 32: TSN's smaller ones would cut off what moves
         "flip": False,  # a mirrored video moves the other way: the flip would swap two labels
         "loss_scale": 10 / 1.7,  # classes / labels per video: what 160 is to 313 classes with 1.96 labels
         "batch": 16, "reference_batch": 16, "lr": 0.03, "schedule": "cosine", "epochs": 7,  # minutes on a laptop
-        "init": "none", "published_map": None,  # from nothing, as the other models here, and no download is needed
+        "init": "none", "published_map": None,  # from nothing, which is enough here, and no download is needed
     },
 }
 
 
 class TSN(nn.Module):
-    """clip (B, T, 3, H, W), normalised -> logits (B, K). backbone: resnet18, resnet50, resnet101, inception_resnet_v2
-    (H and W at least 75) or senet154. A ValueError for a clip of another T."""
+    """clip (B, T, 3, H, W), normalised -> logits (B, K). backbone: see REPORT. A ValueError for a clip of another T."""
 
     def __init__(self, num_classes, segments=5, backbone="resnet101", dropout=0.5):
         super().__init__()
-        self.segments = segments
+        self.frames = segments  # the paper's word for T
         ours = {"inception_resnet_v2": inception_resnet_v2, "senet154": senet154}
         self.backbone = ours[backbone]() if backbone in ours else torchvision.models.get_model(backbone, weights=None)
         self.fc = nn.Linear(self.backbone.fc.in_features, num_classes)
@@ -83,10 +73,10 @@ class TSN(nn.Module):
 
     def features(self, clip):
         """clip (B, T, 3, H, W) -> what the classifier sees of each frame, (B, T, D)."""
-        if clip.shape[1] != self.segments:
-            raise ValueError(f"this TSN takes clips of {self.segments} frames, got {clip.shape[1]}")
+        if clip.shape[1] != self.frames:
+            raise ValueError(f"the network takes clips of {self.frames} frames, got {clip.shape[1]}")
         x = clip.flatten(0, 1)  # (B*T, 3, H, W): to the 2D network a frame is an image
-        return self.backbone(x).unflatten(0, (-1, self.segments))  # (B, T, D)
+        return self.backbone(x).unflatten(0, (-1, self.frames))  # (B, T, D)
 
     def forward(self, clip):
         return self.fc(self.dropout(self.features(clip))).mean(dim=1)  # (B, T, K) -> (B, K): logits are averaged
@@ -97,13 +87,10 @@ def build(recipe, num_classes):
     return TSN(num_classes, recipe["frames"], recipe["backbone"], recipe["dropout"])
 
 
-# Other people's keys -> ours: stem, blocks, the two other backbones, classifier. Whole keys: taking out every ".conv"
-# would break Inception-ResNet-v2, whose own names end in .conv.weight and .bn.*, as mmaction2's do.
+# Other people's keys -> ours. Only whole keys: to cut out a word wherever it stands (.net, .conv) would take in other
+# networks, which have it elsewhere. (.conv. and .bn. are mmaction2's.)
 BACKBONE = r"(?:module\.)?(?:(?:base_model|backbone)\.)?"
 BLOCK = BACKBONE + r"(layer[1-4]\.\d+)\."
-SENET = BACKBONE + r"(layer0\.(?:conv|bn)[123]|layer[1-4]\.\d+\.se_module\.fc[12])\."
-INCEPTION = BACKBONE + (r"((?:conv2d_\d[ab]|mixed_\d[ab]|repeat(?:_[12])?\.\d+|block8)(?:\.branch\d(?:\.\d)?)?"
-                        r"\.(?:conv|conv2d|bn))\.")
 NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 KEYS = [
     (BACKBONE + r"conv1\.(?:conv\.)?weight", r"backbone.conv1.weight"),
@@ -112,29 +99,23 @@ KEYS = [
     (BLOCK + r"(?:bn([123])|conv([123])\.bn)\." + NORM, r"backbone.\1.bn\2\3.\4"),
     (BLOCK + r"downsample\.(?:0|conv)\.weight", r"backbone.\1.downsample.0.weight"),
     (BLOCK + r"downsample\.(?:1|bn)\." + NORM, r"backbone.\1.downsample.1.\2"),
-    (SENET + NORM, r"backbone.\1.\2"),  # what it has beside a ResNet's names
-    (INCEPTION + NORM, r"backbone.\1.\2"),
     (r"(?:module\.)?(?:fc|new_fc|base_model\.fc|cls_head\.fc_cls)\.(weight|bias)", r"fc.\1"),
-    (BACKBONE + r"(?:fc|classif|last_linear)\.(weight|bias)", r"fc.\1"),  # where the backbone has kept its own
 ]
 
 
 def convert(checkpoint):
-    """What was read from a checkpoint file -> a state dict in our names.
-
-    Complete, for a strict load: ours, and the TSN files of X-Temporal, tsn-pytorch, temporal-shift-module, mmaction2
-    and moments_models, and timm's or Cadene's names behind "backbone.". A start without a classifier: the ImageNet
-    files of torchvision, timm and Cadene. ValueError for any other layout, with its first keys.
-    """
+    """What was read from a checkpoint file -> a state dict in our names. ValueError for a layout that is none of these:
+    ours and the TSN files of X-Temporal, tsn-pytorch, temporal-shift-module, mmaction2 and moments_models, also with
+    timm's or Cadene's names behind "backbone.": complete, for a strict load;
+    the ImageNet files of torchvision, timm and Cadene: the backbone alone."""
     tensors = next((checkpoint[k] for k in ("state_dict", "model") if isinstance(checkpoint.get(k), dict)), checkpoint)
-    if {"conv1.weight", "conv2d_1a.conv.weight", "layer0.conv1.weight"} & set(tensors):  # an image network's own file:
-        heads = ("fc.", "classif.", "last_linear.")  # its 1,000 classes, or 1,001 with the background, are not ours
-        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(heads)}
+    if {"conv1.weight", "conv2d_1a.conv.weight", "layer0.conv1.weight"} & set(tensors):  # an image network's own file
+        tensors = {key: x for key, x in tensors.items() if not key.startswith(("fc.", "classif.", "last_linear."))}
     ours = {key: next((m.expand(name) for pattern, name in KEYS if (m := re.fullmatch(pattern, key))), None)
             for key in tensors}
-    unknown = [key for key, name in ours.items() if name is None]
-    if unknown or not ours:
-        raise ValueError(f"tsn.py has no place for {len(unknown)} of {len(ours)} keys: {', '.join(unknown[:3])} ...")
+    rest = [key for key, name in ours.items() if name is None]
+    if rest or not ours:
+        raise ValueError(f"{__name__}.py has no place for {len(rest)} of {len(ours)} keys: {', '.join(rest[:3])} ...")
     state = {ours[key]: tensor for key, tensor in tensors.items()}
     for key in [key for key in state if key.endswith("running_var")]:  # PyTorch before 0.4.1 did not count batches
         state.setdefault(key.replace("running_var", "num_batches_tracked"), torch.tensor(0))
@@ -143,6 +124,15 @@ def convert(checkpoint):
 
 # ---- skip on first reading: two backbones that serve one table row each ----------------------------------------------
 # Their names are the public weights' own. As in torchvision's, the last is an `fc` for 1,000 classes: TSN takes it off.
+
+SENET = BACKBONE + r"(layer0\.(?:conv|bn)[123]|layer[1-4]\.\d+\.se_module\.fc[12])\."  # beside a ResNet's names
+INCEPTION = BACKBONE + (r"((?:conv2d_\d[ab]|mixed_\d[ab]|repeat(?:_[12])?\.\d+|block8)(?:\.branch\d(?:\.\d)?)?"
+                        r"\.(?:conv|conv2d|bn))\.")
+KEYS += [
+    (SENET + NORM, r"backbone.\1.\2"),
+    (INCEPTION + NORM, r"backbone.\1.\2"),
+    (BACKBONE + r"(?:fc|classif|last_linear)\.(weight|bias)", r"fc.\1"),  # where a file has left it in the backbone
+]
 
 
 def unit(inputs, outputs, kernel, stride=1, padding=0):

@@ -3,6 +3,7 @@
     python -m pytest tests/test_models.py
 """
 import ast
+import copy
 import importlib
 import inspect
 import os
@@ -224,6 +225,22 @@ def test_compile(module, model):
     clip = toy_clip(module, 2)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # needs no compiler on the machine
     close(compiled(clip), model(clip), 1e-5)
+
+
+def test_channels_last_goes_through_to_the_end(module, model):
+    """No convolution of a block is handed a map or a gradient in another order, which it would first copy."""
+    if module.__name__ == "slowfast":
+        pytest.skip("on a CPU some of PyTorch's own 3D convolutions answer in the plain order")
+    clip, other, seen = toy_clip(module, 2), copy.deepcopy(model).to(memory_format=torch.channels_last), []
+    for name, part in other.named_modules():
+        if isinstance(part, nn.Conv2d) and "layer" in name:
+            part.register_forward_pre_hook(lambda part, inputs, name=name: seen.append((name, inputs[0])))
+            part.register_full_backward_hook(lambda part, inputs, outputs, name=name: seen.append((name, outputs[0])))
+    logits = other(clip.flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, clip.shape[:2]))
+    close(logits.detach(), model(clip).detach(), 1e-5)
+    logits.square().sum().backward()
+    assert len(seen) == 2 * 19  # ResNet-18's, without the stem
+    assert [name for name, x in seen if not x.is_contiguous(memory_format=torch.channels_last)] == []
 
 
 def test_our_own_checkpoint_comes_back_bit_for_bit(module, model):

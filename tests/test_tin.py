@@ -112,12 +112,28 @@ def test_distances_are_float32_for_a_bfloat16_clip():
     assert y.dtype == torch.bfloat16 and float(y[14]) == 2**-9
 
 
-def test_gradients_are_those_of_finite_differences():
-    x = drawn_clip((2, 5, 8, 1, 2), seed=3).double()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_are_those_of_finite_differences(layout):
+    x = drawn_clip((2, 5, 8, 3, 2), seed=3).flatten(0, 1).to(memory_format=layout).unflatten(0, (2, 5)).double()
     offsets = torch.tensor([[0.37, -1.62, 1.9, -0.1], [2.5, -3.25, 4.75, -7.4]]).double()
     weights = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(3)).double()
     inputs = [tensor.requires_grad_() for tensor in (x, offsets, weights)]
     assert torch.autograd.gradcheck(tin.temporal_interlace, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("part", ["shift", "module"])
+def test_channels_last_stays_channels_last(part, dtype):
+    """What the shift and the module get, give, and send back as a gradient."""
+    offsets = torch.tensor([[0.37, -1.62, 1.9, -0.1], [2.5, -3.25, 4.75, -7.4]])
+    move = {"shift": lambda x: tin.temporal_interlace(x, offsets), "module": drawn(tin.TemporalInterlace(32, 8))}[part]
+    x = drawn_clip((2, 8, 32, 3, 2), seed=15).to(dtype)
+    last = x.flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, (2, 8)).requires_grad_()
+    y, plain = move(last), move(x).detach()
+    close(y.detach(), plain, 1e-5 if dtype == torch.float32 else 0.01)
+    assert y.flatten(0, 1).is_contiguous(memory_format=torch.channels_last) and plain.is_contiguous()
+    (gradient,) = torch.autograd.grad(y, last, torch.randn_like(y))
+    assert gradient.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("suffix", ["", "_whole"])

@@ -36,9 +36,22 @@ def test_shift_is_a_loop_over_frames_and_channels(frames, channels):
     assert torch.equal(tsm.temporal_shift(x), expected)
 
 
-def test_gradient_of_the_shift():
-    x = torch.randn(1, 4, 9, 2, 1, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradient_of_the_shift(layout):
+    x = torch.randn(8, 9, 2, 3, dtype=torch.float64).to(memory_format=layout).unflatten(0, (2, 4)).requires_grad_()
     assert torch.autograd.gradcheck(tsm.temporal_shift, x)  # against finite differences
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channels_last_stays_channels_last(dtype):
+    x = torch.randn(2 * 8, 20, 3, 2, dtype=dtype)
+    last = x.to(memory_format=torch.channels_last).unflatten(0, (2, 8)).requires_grad_()
+    y = tsm.temporal_shift(last)
+    assert torch.equal(y, tsm.temporal_shift(x.unflatten(0, (2, 8))))
+    assert y.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    (gradient,) = torch.autograd.grad(y, last, torch.randn_like(y))
+    assert gradient.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    assert tsm.temporal_shift(x.unflatten(0, (2, 8))).is_contiguous()
 
 
 def test_shift_is_interlacing_by_whole_frames():

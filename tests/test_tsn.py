@@ -270,4 +270,4 @@ def test_recipes_are_the_rows_of_the_report():
 def test_build_follows_the_recipe():
     recipe = {**tsn.RECIPES["toy"], "frames": 3, "dropout": 0.25}
     model = tsn.build(recipe, 7)
-    assert (model.segments, model.dropout.p, model.fc.out_features, model.fc.in_features) == (3, 0.25, 7, 512)
+    assert (model.frames, model.dropout.p, model.fc.out_features, model.fc.in_features) == (3, 0.25, 7, 512)
