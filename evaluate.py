@@ -6,9 +6,10 @@
     python evaluate.py --checkpoint runs/tin/best.pt --video FILE ... [--top 5] [--json] [--picture out.png]
 
 A video's views (clips in time, crops in space, scales) are scored one by one and their probabilities averaged. Each
-video is scored by exactly one process. N videos, K classes, B clips, T frames, H, W pixels.
+video is scored by exactly one process. N videos, K classes, B clips, T frames, V views, H, W pixels.
 """
 import argparse
+import codecs
 import contextlib
 import functools
 import importlib
@@ -54,27 +55,23 @@ def sample_map(scores, labels):
     return float(average_precision(scores, labels).mean())
 
 
-def crop_places(width, height, crop, crops, rng=None):
-    """Where to cut windows, [(x, y), ...]: 1 in the centre, 3 along the long side (start, end, centre), or with rng any
-    number at random. Report: 3 random ones; its authors' code takes these three."""
-    if rng is not None:
-        return [(int(rng.integers(width - crop + 1)), int(rng.integers(height - crop + 1))) for _ in range(crops)]
-    if crops not in (1, 3):
-        raise ValueError(f"--crops {crops}: 1, 3 or random")
-    x, y = round((width - crop) / 2), round((height - crop) / 2)  # rounded as in torchvision
-    ends = [(0, y), (width - crop, y)] if width >= height else [(x, 0), (x, height - crop)]
-    return ends * (crops == 3) + [(x, y)]
-
-
-def make_protocol(recipe, name="clip", crops=None):
+def make_protocol(recipe, name="clip"):
     """Which views a video is seen by: "clip", the recipe's one; "dense", its clips x crops at the first of its scales;
-    "multiscale", at all of them (report). crops overrides the recipe's; "random": as many, at random places."""
+    "multiscale", at all of them (report)."""
+    clips, crops, sizes = recipe["clips"], str(recipe["crops"]), [(side, side) for side in recipe["scales"]]
     if name == "clip":
-        clips, count, sizes = 1, 1, [(recipe["test_resize"], recipe["test_crop"])]
-    else:
-        clips, count = recipe["clips"], recipe["crops"] if crops in (None, "random") else int(crops)
-        sizes = [(side, side) for side in recipe["scales"]][: None if name == "multiscale" else 1]
-    return {"name": name, "clips": clips, "crops": count, "sizes": sizes, "random": crops == "random"}
+        clips, crops, sizes = 1, "1", [(recipe["test_resize"], recipe["test_crop"])]
+    return {"name": name, "clips": clips, "crops": crops, "sizes": sizes if name == "multiscale" else sizes[:1]}
+
+
+def crop_places(right, down, crops, rng):
+    """Where a window goes that has so much room to its right and below, [(x, y), ...]: "1" in the centre, "3" along the
+    long side (start, end, centre) as in the authors' code, or "random", three anywhere, as the report says."""
+    if crops == "random":
+        return [tuple(place) for place in rng.integers((right + 1, down + 1), size=(3, 2)).tolist()]
+    x, y = round(right / 2), round(down / 2)  # rounded as in torchvision
+    ends = [(0, y), (right, y)] if right >= down else [(x, 0), (x, down)]
+    return {"1": [(x, y)], "3": [*ends, (x, y)]}[crops]
 
 
 def test_views(read, num_frames, name, recipe, protocol):
@@ -93,8 +90,7 @@ def test_views(read, num_frames, name, recipe, protocol):
     for short, crop in protocol["sizes"]:
         resized = data.resize(frames, short)  # (n, height, width, 3)
         for clip in clips:
-            random = rng if protocol["random"] else None
-            for x, y in crop_places(resized.shape[2], resized.shape[1], crop, protocol["crops"], random):
+            for x, y in crop_places(resized.shape[2] - crop, resized.shape[1] - crop, protocol["crops"], rng):
                 window = resized[np.searchsorted(wanted, clip), y : y + crop, x : x + crop]
                 views.setdefault((crop, x, y, *clip), [window, 0])[1] += 1
     total = sum(count for _, count in views.values())
@@ -102,14 +98,13 @@ def test_views(read, num_frames, name, recipe, protocol):
 
 
 def by_size(items):
-    """[(row, test_views), ...] of some videos -> (their number, [(clips (V, T, H, W, 3), rows (V,), weights (V,)), ...]
-    by size). Few tensors: each that a loader's worker sends takes a file handle, and many systems give it 1,024."""
+    """[(row, test_views), ...] of some videos -> (their number, [[clips (V, T, H, W, 3), rows (V,), weights (V,)], ...
+    by size]). Few tensors: each that a loader's worker sends takes a file handle, and many systems give it 1,024."""
     groups = {}
     for row, views in items:
         for clip, weight in views:
             groups.setdefault(clip.shape, []).append((clip, row, weight))
-    return len(items), [(torch.stack(clips), torch.tensor(rows), torch.tensor(weights))
-                        for clips, rows, weights in (zip(*group) for group in groups.values())]
+    return len(items), [torch.utils.data.default_collate(group) for group in groups.values()]
 
 
 @torch.no_grad()
@@ -126,30 +121,27 @@ def predict(model, views, num_classes, recipe, device, batch=8, view_batch=16, w
     loader = torch.utils.data.DataLoader(mine, batch_size=batch, num_workers=workers, collate_fn=by_size,
                                          worker_init_fn=data.ignore_signals)
     scores = torch.zeros(len(views), num_classes, device=device)
-    problem, done, started, was_training = None, 0, time.time(), model.training
+    problems, done, started, was_training = [None] * world, 0, time.time(), model.training
     model.eval()
     try:
         for videos, groups in loader:
             for clips, rows, weights in groups:
                 for some in torch.arange(len(clips)).split(view_batch):
-                    chunk = data.normalise(clips[some].to(device), recipe["mean"], recipe["std"])
                     with autocast or contextlib.nullcontext():
-                        values = model(chunk)
+                        values = model(data.normalise(clips[some].to(device), recipe["mean"], recipe["std"]))
                     values = values.float()  # the sigmoid of half precision has few values near 1: they would tie
                     values = values if average == "logit" else values.sigmoid()
-                    scores.index_add_(0, rows[some].to(device), values * weights[some, None].to(device))
+                    scores.index_add_(0, rows[some].to(device), values * weights[some, None].to(values))
             done += videos
             if what and rank == 0:
                 data.progress(what, done, len(mine), started)
-    except OSError as error:  # of one process: all have to know
-        problem = str(error)
+    except OSError as error:
+        problems[rank] = str(error)
     model.train(was_training)
     if world > 1:
-        problems = [None] * world
-        dist.all_gather_object(problems, problem)
-        problem = next(filter(None, problems), None)
+        dist.all_gather_object(problems, problems[rank])  # what one process has met, all have to know
         dist.all_reduce(scores)  # exact: but for the process that scored it, a row is zero everywhere
-    if problem:
+    for problem in filter(None, problems):
         raise OSError(problem)
     return (scores.sigmoid() if average == "logit" else scores).cpu().numpy()
 
@@ -186,29 +178,28 @@ def print_metrics(scores, labels):
           f"{100 * hits[:, 0].mean():.2f}, top-5 {100 * hits.any(1).mean():.2f}\nmAP {100 * precision.mean():.2f}")
 
 
-NUMPY = [np.dtype, np.ndarray, np._core.multiarray.scalar, np._core.multiarray._reconstruct,
-         *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU")]  # by which numpy's numbers are pickled
-
-
 class ArraysOnly(pickle.Unpickler):
     """For PySlowFast's Caffe2 files: a pickle can run any code, this one makes numpy arrays and nothing else."""
+    makers = {f"{maker.__module__}.{maker.__name__}": maker for maker in (
+        np.dtype, np.ndarray, np._core.multiarray.scalar, np._core.multiarray._reconstruct, codecs.encode,
+        *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU"))}
 
     def find_class(self, module, name):
-        if f"{module}.{name}" in ("_codecs.encode", "numpy.ndarray", "numpy.dtype") or re.fullmatch(
-                r"numpy\._?core\.multiarray\.(_reconstruct|scalar)", f"{module}.{name}"):
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        name = f"{module.replace('numpy.core', 'numpy._core')}.{name}"  # numpy 1 had no underscore
+        if name not in self.makers:
+            raise pickle.UnpicklingError(f"GLOBAL {name}")  # torch's word for it
+        return self.makers[name]
 
 
 def read_checkpoint(path):
-    """What a checkpoint file holds: a torch file, numpy scalars included, or a Caffe2 pickle of arrays. ValueError for
-    other files, and for one that asks for another Python object, which could run code."""
+    """What a checkpoint file holds, a dict: a torch file, numpy scalars included, or a Caffe2 pickle of arrays.
+    ValueError for other files, and for one that asks for another Python object, which could run code."""
     problem = ""
     for load in (lambda file: torch.load(file, map_location="cpu", weights_only=True),
-                 lambda file: dict(ArraysOnly(file, encoding="latin1").load())):  # old torch files begin with a number
-        with open(path, "rb") as file, torch.serialization.safe_globals(NUMPY):
+                 lambda file: ArraysOnly(file, encoding="latin1").load()):
+        with open(path, "rb") as file, torch.serialization.safe_globals([*ArraysOnly.makers.values()]):
             try:
-                return load(file)
+                return dict(load(file))
             except Exception as error:  # either lets through whatever the bytes did to it
                 problem += str(error)
     name = re.search(r"GLOBAL ([\w.]+)", problem)
@@ -219,51 +210,45 @@ def read_checkpoint(path):
 def convert(module, checkpoint, path):
     """The tensors of a file, as read, in our names; the model file's errors get the file's name."""
     try:
-        return module.convert(checkpoint if isinstance(checkpoint, dict) else {})
+        return module.convert(checkpoint)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def load_weights(module, recipe, checkpoint, path):
-    """A checkpoint of any layout that convert knows -> (model, its number of classes), by a strict load. Where shapes
+    """A checkpoint of any layout that convert knows -> (model, its number of classes), by a strict load. Where tensors
     do not fit, a ValueError with the recipe flags by which they would."""
     state = convert(module, checkpoint, path)
-    theirs = {(key, tuple(tensor.shape)) for key, tensor in state.items()}
 
-    def attempt(recipe, num_classes=None):
-        """The file's number of classes, and all (key, shape) that it and a network of so many classes do not share."""
+    def compare(recipe):
+        """What only the file or only the recipe's network has, {(key, shape), ...}, and the file's number of classes:
+        the first side of what is not as in a network for one class. So first sides do not count as differences."""
         try:
             with torch.device("meta"):  # shapes without memory
-                if not num_classes:
-                    two, three = (module.build(recipe, n).state_dict() for n in (2, 3))
-                    key, axis = next((key, axis) for key in two for axis, side in enumerate(two[key].shape)
-                                     if side != three[key].shape[axis])  # the side that grows with the classes
-                    found = key in state and state[key].dim() == two[key].dim()
-                    num_classes = state[key].shape[axis] if found else None
-                ours = module.build(recipe, num_classes or 2).state_dict()
+                ours = module.build(recipe, 1).state_dict()
         except (ValueError, KeyError):  # no such network
-            return None, theirs
-        return num_classes, theirs ^ {(key, tuple(tensor.shape)) for key, tensor in ours.items()}
+            ours = {}
+        sides = [len(state[key]) for key in ours if key in state and ours[key].shape != state[key].shape]
+        shapes = [{(key, tensor.shape[1:]) for key, tensor in tensors.items()} for tensors in (state, ours)]
+        return shapes[0] ^ shapes[1], max(sides, default=1)
 
-    num_classes, misfits = attempt(recipe)
+    misfits, num_classes = compare(recipe)
     if not misfits:
         model = module.build(recipe, num_classes)
         model.load_state_dict(state)
         return model, num_classes
-    key, shape = min(misfits)
-    problem = f"{path}: {key} {shape} is only in the {'file' if (key, shape) in theirs else 'network'}"
-    own, flags = re.findall(r'recipe\["(\w+)"\]', inspect.getsource(module.build)), ""
-    values = [True, False, 3, 4, 5, 7, 8, 16, 18, 50, 101, 152, 200, "resnet18", "resnet50", "resnet101"]
-    tries = dict.fromkeys(
-        (key, value) for key in own for value in [*values, *(row[key] for row in module.RECIPES.values())]
-        if type(value) is type(recipe[key]) and value != recipe[key])
-    while misfits:  # take the value that mends most, again and again
-        left, key, value = min(((attempt({**recipe, key: value}, num_classes)[1], key, value) for key, value in tries),
-                               key=lambda one: len(one[0]))
-        if len(left) >= len(misfits):
-            raise ValueError(f"{problem}, and no recipe flag makes it fit")
-        recipe, misfits, flags = {**recipe, key: value}, left, f"{flags} {flag(key, value)}"
-    raise ValueError(f"{problem}; its tensors ask for{flags}")
+    usual = [True, False, 3, 4, 5, 7, 8, 16, 18, 50, 101, 152, 200, "resnet18", "resnet50", "resnet101"]
+    tries = dict.fromkeys((key, value) for key in re.findall(r'recipe\["(\w+)"\]', inspect.getsource(module.build))
+                          for value in [*(row[key] for row in module.RECIPES.values()), *usual]
+                          if type(value) is type(recipe[key]))
+    wanted = recipe
+    while left := len(compare(wanted)[0]):  # take the value that mends most, again and again
+        wanted = min(({**wanted, key: value} for key, value in tries), key=lambda one: len(compare(one)[0]))
+        if len(compare(wanted)[0]) >= left:
+            break
+    flags = " ".join(flag(key, value) for key, value in wanted.items() if value != recipe[key])
+    raise ValueError(f"{path}: {len(misfits)} tensors do not fit, such as {min(misfits)[0]}" + (
+        ", and no recipe flag makes them fit" if left else f"; they ask for {flags}"))
 
 
 def flag(key, value):
@@ -272,78 +257,66 @@ def flag(key, value):
     return f"--{'no-' * (value is False)}{name}" if isinstance(value, bool) else f"--{name} {value}"
 
 
-def recipe_notes(module, row):
-    """{recipe key: what it means, its unit and where its value comes from}: the comment on its line in the model file,
-    from the row's own lines if it is there."""
-    notes, owner = {}, None
-    for line in inspect.getsource(module).splitlines():
-        owner = name[1] if (name := re.match(r'    "(\w+)": ', line)) else None if line.startswith("R") else owner
-        code, _, note = line.partition("  # ")
-        for key in re.findall(r"(\w+)\"?[=:] ?", code) if note and owner in (None, row) else []:
-            if (owner is None) <= (key not in notes):
-                notes[key] = note
-    return notes
-
-
-CHOICES = {"sampling": ["segments", "clip"], "augment": ["multiscale", "jitter"], "loss": ["bce", "lsep", "warp", "ce"],
-           "class_weight": ["none", "sqrt", "ratio"], "schedule": ["step", "cosine"]}
+def open_recipe(name, row=None):
+    """--model and --recipe -> (the model file's module, its row of RECIPES or the first, {key: its note}). A note is
+    the comment on the key's line, in the row or else above RECIPES: meaning, unit and where the value comes from."""
+    if not name.isidentifier() or not Path(__file__).with_name(f"{name}.py").exists():
+        raise ValueError(f"--model {name}: there is no {name}.py beside this script")
+    module = importlib.import_module(name)
+    rows = getattr(module, "RECIPES", {})
+    row = row or next(iter(rows), None)
+    if row not in rows:
+        raise ValueError(f"--recipe {row}: {name}.py has {', '.join(rows) or 'no RECIPES'}")
+    shared, _, own = inspect.getsource(module).partition("\nRECIPES = ")
+    own = re.search(rf'^    "{row}": .*?(?=^    "|^}})', own, re.DOTALL | re.MULTILINE)
+    lines = [line.partition("  # ") for line in (shared + (own[0] if own else "")).splitlines()]
+    return module, rows[row], {key: note for code, _, note in lines if note for key in re.findall(r'(\w+)"?[=:]', code)}
 
 
 def add_recipe_flags(parser, recipe, notes):
-    """A flag for every recipe key that the parser has none for; one that is not given leaves no trace."""
+    """A flag for every key of the recipe; one that is not given leaves no trace."""
+    choices = {"sampling": ["segments", "clip"], "augment": ["multiscale", "jitter"], "crops": ["1", "3", "random"],
+               "loss": ["bce", "lsep", "warp", "ce"], "class_weight": ["none", "sqrt", "ratio"],
+               "schedule": ["step", "cosine"]}
     group = parser.add_argument_group("the recipe's values")
     for key, value in recipe.items():
-        name = "--" + key.replace("_", "-")
-        kind = {"default": argparse.SUPPRESS, "help": f"{notes.get(key, '')} [{value}]".replace("%", "%%")}
-        if isinstance(value, bool):
-            kind["action"] = argparse.BooleanOptionalAction
+        kind = {"type": int if value is None else type(value)}
+        if key in choices:
+            kind = {"choices": choices[key]}
+        elif isinstance(value, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
         elif isinstance(value, (list, tuple)):
-            kind.update(nargs="+", type=type(value[0]), metavar=key.upper())
-        elif key in CHOICES:
-            kind["choices"] = CHOICES[key]
-        else:
-            kind.update(type=int if value is None else type(value), metavar=key.upper())
-        with contextlib.suppress(argparse.ArgumentError):  # the script has a flag of this name
-            group.add_argument(name, **kind)
+            kind = {"type": type(value[0]), "nargs": "+" if key in ("scales", "milestones") else len(value)}
+        group.add_argument(f"--{key.replace('_', '-')}", default=argparse.SUPPRESS, **kind,
+                           help=f"{notes.get(key, '')} [{value}]".replace("%", "%%"))
 
 
 def check_recipe(recipe):
-    """The recipe, if a run can use it; else a ValueError with the flag."""
-    for key in ("frames", "stride", "crop", "batch", "reference_batch", "epochs", "iterations", "test_crop", "clips"):
-        if recipe.get(key, 1) < 1:
-            raise ValueError(f"{flag(key, recipe[key])}: at least 1")
-    if min(recipe["scales"]) < 1:
-        raise ValueError(f"{flag('scales', recipe['scales'])}: at least 1")
+    """The recipe, if a run can use it; else a ValueError with the flag. It may hold other flags' values as well."""
+    counts = ("frames stride crop jitter batch reference_batch epochs iterations milestones test_resize test_crop clips "
+              "scales view_batch top")
+    for keys, least, below in ((counts, 1, np.inf), ("lr warmup weight_decay clip_grad loss_scale workers", 0, np.inf),
+                               ("dropout momentum", 0, 1), ("std", 1e-6, np.inf)):
+        for key in keys.split():
+            if not all(least <= number < below for number in np.ravel(recipe.get(key, least))):
+                raise ValueError(f"{flag(key, recipe[key])}: at least {least}" + f", below {below}" * (below < np.inf))
     for key, short in (("test_crop", recipe["test_resize"]), ("crop", min(recipe["jitter"]))):
         if recipe[key] > short and (key == "test_crop" or recipe["augment"] == "jitter"):
             raise ValueError(f"{flag(key, recipe[key])}: larger than the short side it is cut from, {short}")
     return recipe
 
 
-def open_recipe(name, row=None):
-    """--model and --recipe -> (the model file's module, its row of RECIPES or the first, the row's notes)."""
-    if not name.isidentifier() or not Path(__file__).with_name(f"{name}.py").exists():
-        raise ValueError(f"--model {name}: there is no {name}.py beside this script")
-    module = importlib.import_module(name)
-    rows = getattr(module, "RECIPES", {})
-    if not rows or row not in (None, *rows):
-        raise ValueError(f"--recipe {row}: {name}.py has {', '.join(rows) or 'no RECIPES'}")
-    row = row or next(iter(rows))
-    return module, rows[row], recipe_notes(module, row)
-
-
 def start_process(device=None):
     """(rank, world, device) of this process, joined with the others where torchrun's environment names them."""
     rank, world, local = (int(os.environ.get(key, default)) for key, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"--device {device}: no kind of device that PyTorch knows") from None
+        device = torch.device(f"cuda:{local}" if device == "cuda" else device)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # no such kind, none here, or one without values
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"--device cuda: process {local} has none of the {torch.cuda.device_count()} GPUs")
-        device = torch.device("cuda", local if device.index is None else device.index)
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -354,7 +327,6 @@ def toy_folder(rank):
     """runs/toy, drawn by rank 0 if it is not there yet."""
     folder = Path("runs", "toy")
     if rank == 0 and not folder.exists():
-        folder.parent.mkdir(exist_ok=True)
         data.draw_toy(folder)
     if dist.is_initialized():
         dist.barrier()
@@ -363,7 +335,7 @@ def toy_folder(rank):
 
 def open_video(file):
     """A video file -> (read: frame indices -> uint8 (n, h, w, 3), its number of frames). The pixels are those that
-    extraction would give, but the disk is not touched."""
+    extraction would give, but the disk is not touched: the JPEGs are in memory, some 2.5 GB of them for an hour."""
     stream, problem = data.ffmpeg(file, "-f", "image2pipe", "-c:v", "mjpeg", "-")
     frames = [jpeg + b"\xff\xd9" for jpeg in stream.split(b"\xff\xd9")[:-1]]  # the marker at a JPEG's end
     if problem or not frames:
@@ -371,114 +343,109 @@ def open_video(file):
     return lambda indices: torch.from_numpy(np.stack([Image.open(io.BytesIO(frames[i])) for i in indices])), len(frames)
 
 
-def draw_picture(seen):
-    """A row for each (frames, {label: probability}): the frames that the model saw, and a bar per label."""
-    height = 128 + 18 * max(len(labels) for _, labels in seen)
-    picture = Image.new("RGB", (160 * max(len(frames) for frames, _ in seen), height * len(seen)), "white")
-    draw = ImageDraw.Draw(picture)
-    for top, (frames, labels) in zip(range(0, picture.height, height), seen):
-        for i, frame in enumerate(frames):
-            picture.paste(Image.fromarray(frame.numpy()).resize((160, 120)), (160 * i, top))
-        for y, (name, p) in zip(range(top + 124, picture.height, 18), labels.items()):
-            draw.rectangle((0, y, p * picture.width, y + 15), fill=(150, 190, 240))
-            draw.text((4, y + 2), f"{100 * p:5.1f} %  {name}", fill="black")
-    return picture
-
-
-def label_videos(args, score, recipe, protocol, categories):
-    """--video: print the labels of each file; the exit status. score: views -> (K,) probabilities."""
+def label_videos(args, rank, score, recipe, protocol, categories):
+    """--video: the first process prints the labels of each file; the exit status. score: test_views -> (K,)."""
     if shutil.which("ffmpeg") is None:
         raise ValueError("the program ffmpeg is missing; Debian: apt install ffmpeg, macOS: brew install ffmpeg")
-    seen, found = [], []
+    say, found, rows = print if rank == 0 else (lambda *_, **__: None), [], []
     for file in args.video:
         try:
             read, num_frames = open_video(file)
         except OSError as error:
-            print(f"evaluate.py: {error}", file=sys.stderr)
+            say(f"evaluate.py: {error}", file=sys.stderr)
             continue
         scores = score(test_views(read, num_frames, Path(file).stem, recipe, protocol))
         labels = {categories[k]: float(scores[k]) for k in np.argsort(-scores, kind="stable")[: args.top]}
         found.append({"video": file, "labels": labels})
-        seen.append((read(data.sample_indices(num_frames, recipe)), labels))
+        if args.picture:
+            rows.append(draw_row(read(data.sample_indices(num_frames, recipe)), labels))
         if not args.json:
-            print(file, *(f"{100 * p:6.2f} %  {name}" for name, p in labels.items()), sep="\n")
+            say(file, *(f"{100 * p:6.2f} %  {name}" for name, p in labels.items()), sep="\n")
     if args.json:
-        print(json.dumps(found, indent=1))
-    if args.picture and seen:
-        draw_picture(seen).save(args.picture)
-    return 0 if len(seen) == len(args.video) else 2
+        say(json.dumps(found, indent=1))
+    if rows and rank == 0:
+        Image.fromarray(np.concatenate(rows)).save(args.picture)
+    return 0 if len(found) == len(args.video) else 2
+
+
+def draw_row(frames, labels):
+    """The frames that the model saw, uint8 (T, h, w, 3), and a bar for each of {label: probability} -> a picture."""
+    picture = Image.new("RGB", (160 * len(frames), 128 + 18 * len(labels)), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, frame in enumerate(frames):
+        picture.paste(Image.fromarray(frame.numpy()).resize((160, 120)), (160 * i, 0))
+    for y, (name, p) in zip(range(124, picture.height, 18), labels.items()):
+        draw.rectangle((0, y, p * picture.width, y + 15), fill=(150, 190, 240))
+        draw.text((4, y + 2), f"{100 * p:5.1f} %  {name}", fill="black")
+    return picture
 
 
 def main():
-    source = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    source.add_argument("--checkpoint", metavar="FILE", help="one of ours, with its model, recipe and classes")
-    source.add_argument("--model", metavar="NAME", help="with --weights: a model file beside this script, such as tin")
-    source.add_argument("--weights", metavar="FILE", help="other people's weights, read by the model file's convert")
-    source.add_argument("--recipe", metavar="ROW", help="with --weights: a row of its RECIPES (the first)")
-    known, _ = source.parse_known_args()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     parents=[source], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        epilog="Every recipe value is a flag too, such as --clips 10 --crops random --scales 128 144; with its source, "
+               "python train.py --model NAME --print-recipe shows each.")
+    parser.add_argument("--checkpoint", metavar="FILE", help="of train.py; it holds its model, recipe and categories")
+    parser.add_argument("--model", metavar="NAME", help="with --weights: a model file beside this script, such as tin")
+    parser.add_argument("--weights", metavar="FILE", help="other people's weights, read by the model file's convert")
+    parser.add_argument("--recipe", metavar="ROW", help="with --weights: a row of the model's RECIPES (its first)")
     parser.add_argument("--data", metavar="DATA", help="a data folder (the toy, runs/toy)")
     parser.add_argument("--split", default="val", help="which of its lists (%(default)s)")
-    parser.add_argument("--protocol", choices=["clip", "dense", "multiscale"], help="views: one (the default), clips x "
+    parser.add_argument("--protocol", choices=["clip", "dense", "multiscale"], help="one view (the default), clips x "
                         "crops, or these at all scales (the default with --clips, --crops or --scales)")
-    parser.add_argument("--crops", choices=["1", "3", "random"],
-                        help="crops per clip (the recipe's); random: the recipe's number, at random places")
-    parser.add_argument("--average", default="prob", choices=["prob", "logit"], help="over views (%(default)s)")
-    parser.add_argument("--out", metavar="FILE.npz", help="write paths, scores and labels there")
-    parser.add_argument("--batch", type=int, default=8, help="videos loaded at once (%(default)s)")
+    parser.add_argument("--average", default="prob", choices=["prob", "logit"], help="a video's views' (%(default)s)")
+    parser.add_argument("--out", metavar="FILE.npz", help="write paths, scores and labels there, for ensemble.py")
+    parser.add_argument("--batch", type=int, default=argparse.SUPPRESS,
+                        help="videos loaded at once (so many that they have VIEW_BATCH views, or 1)")
     parser.add_argument("--view-batch", type=int, default=16, help="views in one forward pass (%(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes, 0: none (%(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes per process, 0: none (%(default)s)")
     parser.add_argument("--device", help="cpu, cuda, ... (cuda if there is one)")
     parser.add_argument("--video", nargs="+", metavar="FILE", help="label these video files instead of a list")
     parser.add_argument("--top", type=int, default=5, help="labels per video (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the labels as JSON")
-    parser.add_argument("--picture", metavar="OUT.png", help="the frames the model saw and a bar per label")
-    config, recipe, path = {"model": known.model}, None, known.checkpoint or known.weights
-    if path and (known.checkpoint or known.model):
-        checkpoint = read_checkpoint(path)
-        if known.checkpoint:
-            config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
-            if not isinstance(config, dict) or not {"model", "recipe"} <= config.keys():
-                raise ValueError(f"{path}: not one of our checkpoints; others': --model NAME --weights {path}")
-        module, recipe, notes = open_recipe(config["model"], known.recipe)
-        recipe = config.get("recipe", recipe)
-        add_recipe_flags(parser, recipe, notes)
-    args = parser.parse_args()
-    if not recipe:
+    parser.add_argument("--picture", metavar="OUT.png", help="draw the frames that the model saw and a bar per label")
+    args, rest = parser.parse_known_args()
+    if not args.checkpoint and not (args.model and args.weights):
         parser.error("which network? --checkpoint FILE, or --model NAME --weights FILE")
-    given = {key: value for key, value in vars(args).items() if key in recipe and key not in ("crops", "batch")}
-    recipe = check_recipe({**recipe, **given})
-    free = args.crops or {"clips", "scales"} & set(given)
-    protocol = make_protocol(recipe, args.protocol or ("multiscale" if free else "clip"), args.crops)
-    for name in ("batch", "view_batch", "top"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    path = args.checkpoint or args.weights
+    checkpoint = read_checkpoint(path)
+    config = checkpoint.get("config") if args.checkpoint else {"model": args.model}
+    if not isinstance(config, dict) or args.checkpoint and not {"model", "recipe"} <= config.keys():
+        raise ValueError(f"{path}: not one of our checkpoints; others': --model NAME --weights {path}")
+    module, row, _ = open_recipe(config["model"], args.recipe)
+    recipe, flags = config.get("recipe", row), argparse.ArgumentParser(allow_abbrev=False)
+    add_recipe_flags(flags, recipe, {})
+    given = vars(flags.parse_args(rest))
+    recipe = {**recipe, **given}
+    check_recipe({**recipe, **vars(args)})
+    name = "multiscale" if {"clips", "crops", "scales"} & given.keys() else "clip"
+    protocol = make_protocol(recipe, args.protocol or name)
     for file in filter(None, (args.out, args.picture)):
-        if not Path(file).absolute().parent.is_dir():
-            raise ValueError(f"{file}: there is no such folder")
+        if Path(file).is_dir() or not os.access(Path(file).absolute().parent, os.W_OK):
+            raise ValueError(f"{file}: there is no such folder, or it cannot be written there")
+    if args.picture and Image.registered_extensions().get(Path(args.picture).suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--picture {args.picture}: no kind of picture that Pillow writes, such as .png")
     rank, _, device = start_process(args.device)
     model, num_classes = load_weights(module, recipe, checkpoint, path)
-    model.to(device)
-    score = functools.partial(predict, model, num_classes=num_classes, recipe=recipe, device=device, batch=args.batch,
-                              view_batch=args.view_batch, average=args.average)
+    views = protocol["clips"] * len(protocol["sizes"]) * (1 if protocol["crops"] == "1" else 3)
+    batch = vars(args).get("batch", max(1, args.view_batch // views))
+    score = functools.partial(predict, model.to(device), num_classes=num_classes, recipe=recipe, device=device,
+                              batch=batch, view_batch=args.view_batch, average=args.average)
+    folder = args.data or (None if args.video else toy_folder(rank))
+    categories = data.read_categories(folder) if folder else config.get("categories", range(num_classes))
+    if len(categories) != num_classes:
+        raise ValueError(f"{path} knows {num_classes} classes, {folder}/categories.txt names {len(categories)}")
     if args.video:
-        categories = config.get("categories") or (data.read_categories(args.data) if args.data else range(num_classes))
-        if len(categories) != num_classes:
-            raise ValueError(f"{path} knows {num_classes} classes, {args.data}/categories.txt names {len(categories)}")
-        return label_videos(args, lambda views: score([(0, views)])[0], recipe, protocol, categories)
-    folder = args.data or toy_folder(rank)
+        return label_videos(args, rank, lambda views: score([(0, views)])[0], recipe, protocol, categories)
     views = functools.partial(test_views, recipe=recipe, protocol=protocol)
     videos = data.VideoList(folder, args.split, recipe, train=False, views=views)
-    if len(videos.categories) != num_classes:
-        raise ValueError(f"{path} knows {num_classes} classes, {folder}/categories.txt names {len(videos.categories)}")
     scores = score(videos, workers=args.workers, what="videos")
     if rank == 0:
         labels = multi_hot(videos.videos, num_classes)
         if args.out:
             meta = {"model": config["model"], "recipe": recipe, "checkpoint": path,
                     "iteration": checkpoint.get("iteration"), "list": str(videos.list), "classes": num_classes,
-                    "protocol": {**protocol, "average": args.average},
+                    "protocol": {**protocol, "average": args.average}, "left_out": videos.left_out,
                     "map": None if labels is None else sample_map(scores, labels)}
             save_scores(args.out, [video.path for video in videos.videos], scores, labels, meta)
         if videos.left_out:
