@@ -11,6 +11,7 @@ video is scored by exactly one process. N videos, K classes, B clips, T frames, 
 import argparse
 import codecs
 import contextlib
+import datetime
 import functools
 import importlib
 import inspect
@@ -22,6 +23,7 @@ import re
 import shutil
 import sys
 import time
+import uuid
 import zlib
 from pathlib import Path
 
@@ -319,8 +321,28 @@ def start_process(device=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
+                                store=fresh_store(rank, world))
     return rank, world, device
+
+
+def fresh_store(rank, world):
+    """The part of torchrun's store that belongs to this start of the processes.
+    After an elastic restart the store still holds what the dead ones wrote, such as their addresses. So the first
+    process draws a name, and answers only to those that show it a name of their own: both are new."""
+    store, _, _ = next(dist.rendezvous("env://"))
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("first", own)
+        for other in range(1, world):
+            store.set(store.get(f"{own}/{other}").decode(), "")  # waits for the other
+        return dist.PrefixStore(own, store)
+    while True:
+        first = store.get("first").decode()  # perhaps still a dead one's
+        store.set(f"{first}/{rank}", own)
+        with contextlib.suppress(dist.DistStoreError):
+            store.wait([own], datetime.timedelta(seconds=1))
+            return dist.PrefixStore(first, store)
 
 
 def toy_folder(rank):
