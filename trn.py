@@ -59,8 +59,8 @@ RECIPES = {
         "flip": False,  # a mirrored video moves the other way: the flip would swap two labels
         "loss_scale": 10 / 1.7,  # classes / labels per video: what 160 is to 313 classes with 1.96 labels
         "batch": 16, "reference_batch": 16, "milestones": (13,), "epochs": 14,  # minutes on a laptop
-        "lr": 0.02, "nesterov": True, "warmup": 75, "clip_grad": 1.0,  # measured: even steps, large to the end, leave the
-        "dropout": 0.0,  # plateau where a pair and its reversal look alike; other values did so later or not at all
+        "lr": 0.02, "nesterov": True, "warmup": 75, "clip_grad": 1.0,  # measured: even steps, large to the end, leave
+        "dropout": 0.0,  # the plateau where reversals look alike; other values did so later or not at all
         "init": "none", "published_map": None,  # motion can be learned from nothing, and no download is needed
     },
 }
