@@ -95,7 +95,7 @@ class TemporalInterlace(nn.Module):
         frames = x.flatten(0, 1)  # (B*T, C, H, W): split and cat keep channels_last in four dimensions alone
         moved, kept = frames.split([self.moved, frames.shape[1] - self.moved], dim=1)
         moved = moved.unflatten(0, x.shape[:2])  # (B, T, f, H, W)
-        with torch.autocast(x.device.type, enabled=False):  # distances in the parameters' own float32
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # in the parameters' float32
             means = moved.mean(dim=(3, 4), dtype=self.weight_conv.weight.dtype).transpose(1, 2)  # (B, f, T)
             hidden = torch.relu(self.offset_fc1(self.offset_conv(means).squeeze(1)))  # (B, T)
             # -2 to 2 frames for every T: the paper writes T for the 4, all released weights were trained with 4.
@@ -111,7 +111,7 @@ def residual(block, x, moved):
     y = block.bn2(block.conv2(block.relu(block.bn1(block.conv1(moved)))))
     if hasattr(block, "conv3"):  # a bottleneck, of ResNet-50 and deeper
         y = block.bn3(block.conv3(block.relu(y)))
-    return block.relu(y + (x if block.downsample is None else block.downsample(x)))
+    return block.relu(y.add_(x if block.downsample is None else block.downsample(x)))  # in place, as torchvision does
 
 
 class TIN(nn.Module):

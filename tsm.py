@@ -74,7 +74,7 @@ def residual(block, x, moved):
     y = block.bn2(block.conv2(block.relu(block.bn1(block.conv1(moved)))))
     if hasattr(block, "conv3"):  # a bottleneck, of ResNet-50 and deeper
         y = block.bn3(block.conv3(block.relu(y)))
-    return block.relu(y + (x if block.downsample is None else block.downsample(x)))
+    return block.relu(y.add_(x if block.downsample is None else block.downsample(x)))  # in place, as torchvision does
 
 
 class TSM(nn.Module):

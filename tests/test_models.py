@@ -214,6 +214,14 @@ def test_bfloat16_autocast(module, model):
 
 
 @torch.no_grad()
+def test_shapes_without_memory(module):
+    """On the device "meta", where a larger network can be looked at for nothing."""
+    with torch.device("meta"):
+        model = module.build(module.RECIPES["toy"], 10).eval()
+    assert model(toy_clip(module, 2).to("meta")).shape == (2, 10)
+
+
+@torch.no_grad()
 def test_export_with_a_dynamic_batch(module, model):
     exported = torch.export.export(model, (toy_clip(module, 2),), dynamic_shapes=({0: torch.export.Dim("videos")},))
     clip = toy_clip(module, 3, seed=1)
