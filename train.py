@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import datetime
 import functools
-import itertools
 import json
 import math
 import os
@@ -36,7 +35,6 @@ import evaluate
 
 def scaled_bce(logits, labels, scale=160.0, weight=None):
     """Binary cross-entropy, mean over videos and classes, times `scale`. logits, labels (B, K), weight (K,).
-
     Report: simply scaling it by 160 gave "a huge performance gain", scaling the learning rate instead did not: weight
     decay then weighs 160 times more. 160 of 313 classes, with 1.96 labels a video, is the loss summed per label."""
     logits = at_least_float32(logits)
@@ -46,22 +44,18 @@ def scaled_bce(logits, labels, scale=160.0, weight=None):
 
 def lsep(logits, labels):
     """Log-sum-exp pairwise loss, log(1 + sum over negatives v, positives u of exp(f_v - f_u)), mean over rows (B, K).
-
     The double sum is a product, so this is exact in O(K). 0 for rows without positives or negatives. Li, Song and Luo
     2017; report: tried, not used."""
     logits, positive = at_least_float32(logits), labels.bool()
-    ranked = positive.any(1) & ~positive.all(1)  # other rows stay unmasked, so that no infinity meets another
-    lowest = torch.finfo(logits.dtype).min
-    negatives = logits.masked_fill(positive & ranked[:, None], lowest).logsumexp(1)
-    positives = (-logits).masked_fill(~positive & ranked[:, None], lowest).logsumexp(1)
-    hinge = torch.where(ranked, negatives + positives, 0)
-    return (torch.logaddexp(hinge, torch.zeros_like(hinge)) * ranked).mean()
+    lowest = torch.finfo(logits.dtype).min  # not -inf, whose gradient may be NaN where nothing is left to sum
+    negatives = logits.masked_fill(positive, lowest).logsumexp(1)
+    positives = (-logits).masked_fill(~positive, lowest).logsumexp(1)
+    return torch.logaddexp(negatives + positives, torch.zeros_like(negatives)).mean()
 
 
 def warp(logits, labels, sampled=False, generator=None):
     """Weighted approximate-rank pairwise loss, mean over rows (B, K). Per positive u, with V the number of negatives v
     that violate its margin, 1 - f_u + f_v > 0: (1 + 1/2 + ... + 1/V) x the violators' mean of 1 - f_u + f_v.
-
     sampled: the papers' estimate, which draws negatives until one violates, s of them, and takes floor((K - 1) / s) for
     V; s is geometric, so no loop is needed. Weston, Bengio and Usunier 2011; report: tried, not used."""
     logits, positive = at_least_float32(logits), labels.bool()
@@ -93,15 +87,13 @@ def make_criterion(recipe, counts):
         power = {"none": 0.0, "sqrt": 0.5, "ratio": 1.0}[recipe["class_weight"]]
         weight = torch.tensor((counts / counts.mean()) ** power, dtype=torch.float32) if power else None
         return functools.partial(scaled_bce, scale=scale, weight=weight)
-    if kind == "ce":  # single-label lists, such as Kinetics'
-        return lambda logits, labels: scale * F.cross_entropy(at_least_float32(logits), labels.argmax(1))
-    loss = {"lsep": lsep, "warp": functools.partial(warp, sampled=False)}[kind]
-    return lambda logits, labels: scale * loss(logits, labels)
+    losses = {"lsep": lsep, "warp": warp,  # ce is for single-label lists, such as Kinetics'
+              "ce": lambda logits, labels: F.cross_entropy(at_least_float32(logits), labels.argmax(1))}
+    return lambda logits, labels: scale * losses[kind](logits, labels)
 
 
 def learning_rate(iteration, total, recipe):
     """The rate of step `iteration` of `total`, from 0; a pure function, so that resuming needs no scheduler.
-
     Tenths at the milestones, or half a cosine counted from step 0; before `warmup`, a line from a tenth of the base to
     the curve's own value there. The base is the recipe's lr, in proportion to the batch. Report; SlowFast's paper."""
     base = recipe["lr"] * recipe["batch"] / recipe["reference_batch"]
@@ -131,33 +123,43 @@ def order_blind_ceiling(videos):
     """The best sample_map, a fraction, of a model that cannot tell a video from its reversal: each pair's labels are
     tried in every order. None where the reversal (path + "_reversed") of some video is not in the list."""
     labels = {video.path: video.labels for video in videos}
-    pairs = [(own, labels.get(f"{path}_reversed")) for path, own in labels.items() if not path.endswith("_reversed")]
-    if 2 * len(pairs) != len(labels) or None in [backwards for _, backwards in pairs]:
+    pairs = [(own, labels[f"{path}_reversed"]) for path, own in labels.items() if f"{path}_reversed" in labels]
+    if 2 * len(pairs) != len(labels):
         return None
     best = []
     for pair in pairs:
         union = sorted({*pair[0], *pair[1]})
-        orders = np.array(list(itertools.product(range(len(union)), repeat=len(union))))  # ties too: they can help
+        orders = np.indices([len(union)] * len(union)).reshape(len(union), -1).T  # ties too: they can help
         ap = [evaluate.average_precision(orders, np.tile(np.isin(union, own), (len(orders), 1))) for own in pair]
         best.append(np.mean(ap, axis=0).max())
     return float(np.mean(best))
 
 
 def save(path, checkpoint):
-    """Write a checkpoint whole or not at all: a full disk or a kill leaves the previous one."""
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    """The first process writes a checkpoint whole or not at all: a full disk or a kill leaves the previous one."""
+    part, problem = path.with_name(f"{path.name}.part"), ""
     try:
-        torch.save(checkpoint, part)
-        os.replace(part, path)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            torch.save(checkpoint, part)
+            os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise OSError(f"{path}: could not be written ({str(error).splitlines()[0]}); the one before is whole") from None
-    finally:
         part.unlink(missing_ok=True)
+        problem = f"{path}: could not be written ({str(error).splitlines()[0]}); the one before is whole"
+    raise_together(problem)
+
+
+def raise_together(problem):
+    """An OSError in every process if one of them has a problem, a text; else nothing."""
+    problems = [problem]
+    if dist.is_initialized():
+        problems *= dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    if any(problems):
+        raise OSError(next(filter(None, problems)))
 
 
 def start_from(module, model, recipe):
     """Load the weights that the recipe's init names into the model; a sentence on what was read and what was not.
-
     A part that the file lacks as a whole, or whose shape depends on the number of classes or frames, keeps its initial
     values. ValueError where the backbone, or part of another part, would: that network would train from nothing."""
     init = recipe["init"]
@@ -167,14 +169,12 @@ def start_from(module, model, recipe):
         backbone = recipe.get("backbone") or f"resnet{recipe['depth']}"
         try:
             weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
+            checkpoint = weights.get_state_dict(progress=False)
         except ValueError:
             raise ValueError(f"--init imagenet: torchvision has no {backbone}; name a file, or none") from None
-        try:
-            checkpoint = weights.get_state_dict(progress=False)
         except OSError as error:
-            place = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
-            raise OSError(f"--init imagenet: cannot download {weights.url} ({error}); put the file at {place}, or pass "
-                          "--init none") from None
+            raise OSError(f"--init imagenet: cannot download {weights.url} ({error}); put it into "
+                          f"{torch.hub.get_dir()}/checkpoints, or pass --init none") from None
     else:
         checkpoint = evaluate.read_checkpoint(init)
     theirs, ours = evaluate.convert(module, checkpoint, init), model.state_dict()
@@ -227,99 +227,110 @@ def parse_arguments():
         for key, value in recipe.items():
             print(f"{key:16} {value!s:24} {'given on the command line' if key in given else notes.get(key, '')}")
         sys.exit()
-    if args.accumulate < 1 or args.save_every < 0 or args.workers < 0:
-        raise ValueError("--accumulate is at least 1, --save-every and --workers at least 0")
+    if args.accumulate < 1 or min(args.save_every, args.workers, args.seed) < 0:
+        raise ValueError("--accumulate is at least 1, --save-every, --workers and --seed at least 0")
     # Lists, as a checkpoint would hold, so that the two compare.
     return args, module, {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.items()}
 
 
-def main():
-    args, module, recipe = parse_arguments()
-    rank, world, device = evaluate.start_process(args.device)
-    folder = Path(args.data) if args.data else evaluate.toy_folder(rank)
-    out = Path(args.out or f"runs/{args.model}")
-    last, log = out / "last.pt", out / "log.jsonl"
-    say = print if rank == 0 else (lambda *_, **__: None)
-    videos = data.VideoList(folder, "train", recipe, train=True, seed=args.seed, skip_broken=args.skip_broken)
+def open_lists(folder, recipe, seed, skip_broken):
+    """(training videos, validation videos by the recipe's one view, the latter's labels (N, K)) of a data folder."""
+    videos = data.VideoList(folder, "train", recipe, train=True, seed=seed, skip_broken=skip_broken)
     views = functools.partial(evaluate.test_views, recipe=recipe, protocol=evaluate.make_protocol(recipe))
     val = data.VideoList(folder, "val", recipe, train=False, views=views)
     val_labels = evaluate.multi_hot(val.videos, len(val.categories))
     if val_labels is None:
         raise ValueError(f"{val.list}: no video has a label, so the best epoch cannot be told")
-    counts = np.bincount([label for video in videos.videos for label in video.labels], minlength=len(videos.categories))
     if recipe["loss"] == "ce" and any(len(video.labels) != 1 for video in videos.videos):
         raise ValueError(f"{videos.list}: --loss ce needs exactly one label for every video")
+    return videos, val, val_labels
 
-    batch, parts = recipe["batch"], world * args.accumulate
-    if batch % parts:
-        raise ValueError(f"--batch {batch}: {world} processes x --accumulate {args.accumulate} do not divide it")
-    if len(videos) < batch:
-        raise ValueError(f"--batch {batch}: larger than {videos.list}, which has {len(videos)} videos")
-    steps = len(videos) // batch  # an epoch
+
+def open_run(last, resume, config):
+    """What last.pt holds, or None without such a file. ValueError if it is not to be gone on with, or another run's."""
+    if not last.exists():
+        return None
+    if not resume:
+        raise ValueError(f"{last}: a run is there already; go on with --resume, or choose another --out")
+    checkpoint = evaluate.read_checkpoint(last)
+    theirs, ours = ({**some, **some["recipe"], "recipe": None} for some in (checkpoint["config"], config))
+    differences = [f"{key} {theirs.get(key)} there, {ours.get(key)} here" for key in {**theirs, **ours}
+                   if theirs.get(key) != ours.get(key)]
+    if differences:
+        raise ValueError(f"{last}: belongs to another run: {'; '.join(differences)}")
+    return checkpoint
+
+
+def main():
+    args, module, recipe = parse_arguments()
+    rank, world, device = evaluate.start_process(args.device)
+    say = functools.partial(print, flush=True) if rank == 0 else (lambda *_, **__: None)
+    all_reduce = dist.all_reduce if world > 1 else (lambda *_: None)
+    out = Path(args.out or f"runs/{args.model}")
+    last, log = out / "last.pt", out / "log.jsonl"
+    videos, val, val_labels = open_lists(args.data or evaluate.toy_folder(rank), recipe, args.seed, args.skip_broken)
+    counts = np.bincount([label for video in videos.videos for label in video.labels], minlength=len(videos.categories))
+    batch, steps = recipe["batch"], len(videos) // recipe["batch"]  # clips of a step, steps of an epoch
+    share, rest = divmod(batch, world * args.accumulate)  # clips at once in a process
+    if rest or not steps:
+        raise ValueError(f"--batch {batch}: has to be a multiple of {world} processes x --accumulate {args.accumulate} "
+                         f"and at most {len(videos)}, the videos of {videos.list}")
     total = round(recipe["epochs"] * steps if "epochs" in recipe else
                   recipe["iterations"] * recipe["reference_batch"] / batch)
+
     torch.manual_seed(args.seed)  # the same initial values in every process
-    model = module.build(recipe, len(videos.categories))
+    model = module.build(recipe, len(videos.categories)).to(device)
     config = {"model": args.model, "recipe": recipe, "seed": args.seed, "categories": videos.categories,
               "mean": recipe["mean"], "std": recipe["std"]}
-    start, best = 0, -1.0
-    if last.exists() and not args.resume and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        raise ValueError(f"{last}: a run is there already; go on with --resume, or choose another --out")
-    checkpoint = evaluate.read_checkpoint(last) if last.exists() else None
+    restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))  # a node counts its own alone
+    all_reduce(restarts, dist.ReduceOp.MAX)
+    checkpoint = open_run(last, args.resume or restarts > 0, config)
     if checkpoint:
-        differences = [f"{key} {theirs.get(key)} there, {ours.get(key)} here" for theirs, ours in
-                       ((checkpoint["config"]["recipe"], recipe), (checkpoint["config"], config))
-                       for key in {**theirs, **ours} if key != "recipe" and theirs.get(key) != ours.get(key)]
-        if differences:
-            raise ValueError(f"{last}: belongs to another run: {'; '.join(differences)}")
         model.load_state_dict(checkpoint["model"])
-        start, best = checkpoint["iteration"], checkpoint["best_map"]
     else:
         say(start_from(module, model, recipe))
-    model.to(device)
+    start, best = (checkpoint["iteration"], checkpoint["best_map"]) if checkpoint else (0, -1.0)
+
     if args.channels_last:
-        for parameter in model.parameters():
-            if parameter.dim() in (4, 5):
-                layout = torch.channels_last if parameter.dim() == 4 else torch.channels_last_3d
-                parameter.data = parameter.data.contiguous(memory_format=layout)
+        video = any(parameter.dim() == 5 for parameter in model.parameters())
+        model.to(memory_format=torch.channels_last_3d if video else torch.channels_last)
     if recipe["sync_bn"] and world > 1 and device.type == "cuda":  # on CPU PyTorch refuses it
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     net = model  # `model` stays bare, for checkpoints and evaluation; `net` is what is trained
     if world > 1:
-        net = torch.nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+        net = torch.nn.parallel.DistributedDataParallel(model)
     if args.compile:
         net = torch.compile(net)
-    optimizer = torch.optim.SGD(model.parameters(), lr=recipe["lr"], momentum=recipe["momentum"],
-                                nesterov=recipe["nesterov"], weight_decay=recipe["weight_decay"])
+    # Not fused in fp16: where the scaler skips the first step, fused SGD keeps what its momentum had in memory before.
+    optimizer = torch.optim.SGD(model.parameters(), momentum=recipe["momentum"], nesterov=recipe["nesterov"],
+                                weight_decay=recipe["weight_decay"], fused=True if args.amp != "fp16" else None)
+    half = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    autocast = functools.partial(torch.autocast, device.type, half, enabled=half is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for parameter, state in optimizer.state.items():  # fused SGD takes the parameter's own layout for granted
+            state["momentum_buffer"] = torch.empty_like(parameter).copy_(state["momentum_buffer"])
         scaler.load_state_dict(checkpoint["scaler"])
-    half = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
-
-    def autocast():
-        return torch.autocast(device.type, half) if half else contextlib.nullcontext()
-
     criterion = make_criterion(recipe, counts)
 
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
     lines = [line for line in lines if line["step"] <= start]  # what a stopped run wrote after its last checkpoint goes
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for stale in out.glob("*.part-*"):
-            stale.unlink()
-        data.write_lines(log, [json.dumps(line) for line in lines])
-        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        print(*(f"  {key:16} {value}" for key, value in recipe.items()), sep="\n")
-        print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {world} x {device.type} ({gpu})")
-        print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(counts)} classes")
-        for some in (videos, val):
-            labels = sum(len(video.labels) for video in some.videos) / len(some)
-            print(f"{some.list}: {len(some)} videos, {labels:.2f} labels each; {some.left_out} lines left out")
-        print(f"batch {batch} = {world} processes x {batch // parts} clips x {args.accumulate}; "
-              f"{steps} steps an epoch, {total} in all, from {start}")
-        print(f"learning rate {recipe['lr']} x {batch} / {recipe['reference_batch']} = "
-              f"{recipe['lr'] * batch / recipe['reference_batch']:g}")
+        if log.exists():
+            data.write_lines(log, [json.dumps(line) for line in lines])
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    say(*(f"  {key:16} {value}" for key, value in recipe.items()), sep="\n")
+    say(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {world} x {device.type} ({hardware})")
+    say(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(counts)} classes")
+    for some in (videos, val):
+        labels = sum(len(video.labels) for video in some.videos) / len(some)
+        say(f"{some.list}: {len(some)} videos, {labels:.2f} labels each; {some.left_out} lines left out")
+    say(f"batch {batch} = {world} processes x {share} clips x {args.accumulate}; "
+        f"{steps} steps an epoch, {total} in all, from {start}")
+    say(f"learning rate {recipe['lr']} x {batch} / {recipe['reference_batch']} = "
+        f"{recipe['lr'] * batch / recipe['reference_batch']:g}")
 
     def record(line):
         lines.append(line)
@@ -327,64 +338,49 @@ def main():
             with open(log, "a") as file:
                 print(json.dumps(line), file=file)
 
-    def write(*names):
-        """Write the run's state under these names; never one whose gradients were not finite."""
-        stop_if_not_finite()
-        problem = ""
-        if rank == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                     "epoch": done // steps, "iteration": done, "best_map": best, "config": config,
-                     "class_counts": counts.tolist()}
-            try:
-                for name in names:
-                    save(out / name, state)
-            except OSError as error:
-                problem = str(error)
-        raise_together(problem)
-
     def stop_if_not_finite():
-        if world > 1:
-            dist.all_reduce(bad_step, dist.ReduceOp.MIN)
+        all_reduce(bad_step, dist.ReduceOp.MIN)
         if bad_step < total:
             raise ValueError(f"step {int(bad_step) + 1}: the gradient is not finite; no checkpoint was written since, "
                              "try a smaller --lr or --clip-grad, or --amp bf16 in place of fp16")
 
-    stopped_by = []
+    def write(name):
+        stop_if_not_finite()
+        save(out / name, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                          "scaler": scaler.state_dict(), "epoch": done // steps, "iteration": done, "best_map": best,
+                          "config": config, "class_counts": counts.tolist()})
+
+    stopped_by = [0]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stopped_by.append(number))
-    loader = torch.utils.data.DataLoader(
-        videos, batch_sampler=batches(len(videos), batch, args.seed, start, total, rank, world, args.accumulate),
-        num_workers=args.workers, pin_memory=device.type == "cuda", worker_init_fn=data.ignore_signals)
-    stream = iter(loader) if start < total else None
-    wanted = batches(len(videos), batch, args.seed, start, total, rank, world, args.accumulate)
+    drawn = functools.partial(batches, len(videos), batch, args.seed, start, total, rank, world, args.accumulate)
+    loader = torch.utils.data.DataLoader(videos, batch_sampler=drawn(), num_workers=args.workers,
+                                         pin_memory=device.type == "cuda", worker_init_fn=data.ignore_signals)
+    stream, wanted = iter(loader), drawn()
     bad_step = torch.tensor(total, device=device)  # the first step whose gradient was not finite
     loss_sum = torch.zeros((), device=device)
-    done, skipped, window, waited, since = start, 0, 0, 0.0, time.time()
-    model.train()
+    replaced = torch.tensor(0)  # clips of this epoch
+    done, window, waited, since = start, 0, 0.0, time.time()
     for iteration in range(start, total):
-        asked, problem, clips = time.time(), "", []
+        asked, problem = time.time(), ""
         try:
-            for _ in range(args.accumulate):
-                clips.append(next(stream))
-                skipped += sum(int(row) != index % len(videos) for row, index in zip(clips[-1][2], next(wanted)))
+            parts = [next(stream) for _ in range(args.accumulate)]
         except OSError as error:
             problem = str(error)
         waited += time.time() - asked
-        signals = torch.tensor([len(problem) > 0, *(stopped_by or [0])[:1]], dtype=torch.int)
-        if world > 1:
-            dist.all_reduce(signals, dist.ReduceOp.MAX)  # all processes leave together, or none
-        if signals[0]:
+        events = torch.tensor([len(problem) > 0, stopped_by[-1]], dtype=torch.int)
+        all_reduce(events, dist.ReduceOp.MAX)  # all processes leave together, or none
+        if events.any():
             raise_together(problem)
-        if signals[1]:
             write("last.pt")
             say(f"stopped after step {done} of {total}; the same command with --resume goes on from {last}")
-            return 128 + int(signals[1])
+            break
 
         torch.manual_seed(int(np.random.SeedSequence([args.seed, iteration, rank]).generate_state(1)[0]))
         rate = learning_rate(iteration, total, {"epochs": total / steps, **recipe})
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        for part, (clip, labels, _) in enumerate(clips, 1):
+        optimizer.param_groups[0]["lr"] = rate
+        for part, (clip, labels, rows) in enumerate(parts, 1):
+            replaced += (rows != torch.tensor(next(wanted)) % len(videos)).sum()
             clip, labels = clip.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             with net.no_sync() if world > 1 and part < args.accumulate else contextlib.nullcontext():
                 with autocast():
@@ -398,15 +394,14 @@ def main():
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         # fp16 overflows now and then, and its scaler skips the step: there only a bad loss tells of trouble.
-        fine = torch.isfinite(loss if args.amp == "fp16" else norm)
+        fine = torch.isfinite(loss_sum if args.amp == "fp16" else norm)
         bad_step = torch.where(fine, bad_step, bad_step.clamp(max=iteration))
-        done, window = iteration + 1, window + 1
+        done, epoch, window = iteration + 1, iteration // steps + 1, window + 1
 
         if done % 20 == 0 or done == total:
             stop_if_not_finite()
-            if world > 1:
-                dist.all_reduce(loss_sum)
-            seconds, value, epoch = time.time() - since, loss_sum.item() / window / world, iteration // steps + 1
+            all_reduce(loss_sum)
+            seconds, value = time.time() - since, loss_sum.item() / window / world
             record({"epoch": epoch, "step": done, "loss": value, "lr": rate, "grad_norm": norm.item(),
                     "clips_per_s": window * batch / seconds, "data_share": waited / seconds})
             memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * resource.getrusage(
@@ -414,45 +409,40 @@ def main():
             left = datetime.timedelta(seconds=int((total - done) * seconds / window))
             say(f"epoch {epoch} step {done}/{total}  loss {value:.3f} ({value / recipe['loss_scale']:.4f} unscaled)  "
                 f"lr {rate:.5f}  grad {norm.item():.1f}  {window * batch / seconds:.1f} clips/s  "
-                f"data {100 * waited / seconds:.0f} %  {memory / 2**30:.1f} GB  left {left}", flush=True)
+                f"data {100 * waited / seconds:.0f} %  {memory / 2**30:.1f} GB  left {left}")
             loss_sum.zero_()
             window, waited, since = 0, 0.0, time.time()
         if done % steps == 0 or done == total:
             stop_if_not_finite()
-            paused, replaced = time.time(), torch.tensor(skipped)
-            if world > 1:
-                dist.all_reduce(replaced)
-                for buffer in model.buffers():  # each process has its own running means: the scored must be the saved
-                    dist.broadcast(buffer, 0)
-            scores = evaluate.predict(model, val, len(val.categories), recipe, device, workers=args.workers,
+            paused = time.time()
+            all_reduce(replaced)
+            for buffer in model.buffers() if world > 1 else ():  # running means differ: the scored must be the saved
+                dist.broadcast(buffer, 0)
+            scores = evaluate.predict(model, val, len(counts), recipe, device, workers=args.workers,
                                       autocast=autocast())
             score = evaluate.sample_map(scores, val_labels)
-            record({"epoch": -(-done // steps), "step": done, "val_map": score})
-            say(f"epoch {-(-done // steps)}  val mAP {100 * score:.2f}"
-                + (f"  ({int(replaced)} broken videos replaced)" if args.skip_broken else ""), flush=True)
-            names = ["best.pt", "last.pt"] if score > best else ["last.pt"]  # best first: a kill between repeats both
-            best, skipped = max(best, score), 0
-            write(*names)
+            record({"epoch": epoch, "step": done, "val_map": score})
+            hits = np.take_along_axis(val_labels, np.argsort(-scores, axis=1), axis=1)  # labels, likeliest class first
+            top = f"  top-1 {100 * hits[:, 0].mean():.2f}  top-5 {100 * hits[:, :5].any(1).mean():.2f}"
+            say(f"epoch {epoch}  val mAP {100 * score:.2f}" + top * (recipe["loss"] == "ce")
+                + f"  ({replaced} broken videos replaced)" * args.skip_broken)
+            if score > best:  # written first: after a kill between the two files, the run repeats both
+                best = score
+                write("best.pt")
+            write("last.pt")
+            replaced.zero_()
             since += time.time() - paused
         elif args.save_every and done % args.save_every == 0:
             write("last.pt")
 
-    epoch = next((line["epoch"] for line in lines if line.get("val_map") == best), "not in the log")
-    ceiling = order_blind_ceiling(val.videos)
-    say("finished already: " * (start == total) + f"best val mAP {100 * best:.2f} (epoch {epoch})"
-        + (f" order-blind ceiling {100 * ceiling:.2f}" if ceiling is not None else ""))
+    if done == total:
+        epoch = next((line["epoch"] for line in lines if line.get("val_map") == best), "not in the log")
+        ceiling = order_blind_ceiling(val.videos)
+        say("finished already: " * (start == total) + f"best val mAP {100 * best:.2f} (epoch {epoch})"
+            + (f" order-blind ceiling {100 * ceiling:.2f}" if ceiling is not None else ""))
     if world > 1:
         dist.destroy_process_group()
-
-
-def raise_together(problem):
-    """An OSError in every process if one of them has a problem, a text; else nothing."""
-    problems = [problem]
-    if dist.is_initialized():
-        problems *= dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    if any(problems):
-        raise OSError(next(filter(None, problems)))
+    return 0 if done == total else 128 + int(events[1])
 
 
 if __name__ == "__main__":
