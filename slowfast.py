@@ -60,13 +60,13 @@ RECIPES = {  # published_map None: what the row scored is not in our sources
     "r101_slow_8x4": {**REPORT, "variant": "slow_8x4", "frames": 8, "stride": 4, "published_map": None},
     "r101_slow_8x8": {**REPORT, "variant": "slow_8x8", "frames": 8, "stride": 8, "published_map": None},  # in its text
     "toy": {
-        **REPORT,
-        "depth": 14, "crop": 32, "test_resize": 36, "test_crop": 32, "scales": (36, 40, 45),  # 40x36 is 426x320 here
+        **REPORT, "crop": 32, "test_resize": 36, "test_crop": 32, "scales": (36, 40, 45),  # 40x36 is 426x320 here
         "jitter": (36, 36),  # a larger one would cut off what moves
         "frames": 24, "stride": 1, "clip_grad": 5.0,  # the whole video, 6 slow frames; measured: it learns fastest so
         "flip": False,  # a mirrored video moves the other way: the flip would swap two labels
         "loss_scale": 10 / 1.7,  # classes / labels per video: what 160 is to 313 classes with 1.96 labels
-        "batch": 16, "reference_batch": 16, "lr": 0.05, "warmup": 0, "epochs": 10, "published_map": None,  # minutes
+        "depth": 14, "batch": 16, "reference_batch": 16, "published_map": None,  # minutes on a laptop
+        "lr": 0.05, "warmup": 0, "epochs": 10,  # our choice: clip_grad tames the first steps; measured: 98.9, 88.6 in 7
     },
 }
 del RECIPES["toy"]["iterations"]  # a row has either iterations or epochs
