@@ -295,8 +295,8 @@ def add_recipe_flags(parser, recipe, notes):
 
 def check_recipe(recipe):
     """The recipe, if a run can use it; else a ValueError with the flag. It may hold other flags' values as well."""
-    counts = ("frames stride crop jitter batch reference_batch epochs iterations milestones test_resize test_crop clips "
-              "scales view_batch top")
+    counts = ("frames stride crop jitter batch reference_batch epochs iterations milestones test_resize test_crop "
+              "clips scales view_batch top")
     for keys, least, below in ((counts, 1, np.inf), ("lr warmup weight_decay clip_grad loss_scale workers", 0, np.inf),
                                ("dropout momentum", 0, 1), ("std", 1e-6, np.inf)):
         for key in keys.split():
@@ -457,24 +457,26 @@ def main():
     categories = data.read_categories(folder) if folder else config.get("categories", range(num_classes))
     if len(categories) != num_classes:
         raise ValueError(f"{path} knows {num_classes} classes, {folder}/categories.txt names {len(categories)}")
+    status = 0
     if args.video:
-        return label_videos(args, rank, lambda views: score([(0, views)])[0], recipe, protocol, categories)
-    views = functools.partial(test_views, recipe=recipe, protocol=protocol)
-    videos = data.VideoList(folder, args.split, recipe, train=False, views=views)
-    scores = score(videos, workers=args.workers, what="videos")
-    if rank == 0:
-        labels = multi_hot(videos.videos, num_classes)
-        if args.out:
+        status = label_videos(args, rank, lambda views: score([(0, views)])[0], recipe, protocol, categories)
+    else:
+        views = functools.partial(test_views, recipe=recipe, protocol=protocol)
+        videos = data.VideoList(folder, args.split, recipe, train=False, views=views)
+        scores, labels = score(videos, workers=args.workers, what="videos"), multi_hot(videos.videos, num_classes)
+        if rank == 0 and args.out:
             meta = {"model": config["model"], "recipe": recipe, "checkpoint": path,
                     "iteration": checkpoint.get("iteration"), "list": str(videos.list), "classes": num_classes,
                     "protocol": {**protocol, "average": args.average}, "left_out": videos.left_out,
                     "map": None if labels is None else sample_map(scores, labels)}
             save_scores(args.out, [video.path for video in videos.videos], scores, labels, meta)
-        if videos.left_out:
+        if rank == 0 and videos.left_out:
             print(f"{videos.left_out} lines of {videos.list} left out (repeated, or no frames)")
-        print_metrics(scores, labels)
+        if rank == 0:
+            print_metrics(scores, labels)
     if dist.is_initialized():
         dist.destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ together are refused with the difference.
 import csv
 import json
 import re
-import subprocess
+import runpy
 import sys
 import zlib
 from pathlib import Path
@@ -87,17 +87,20 @@ def test_one_file_has_the_figures_of_scikit_learn(run, case):
         assert lines[1].startswith(f"class-level mAP {100 * METRICS[f'macro_{case}']:.2f}")
 
 
-def test_the_script_itself(tmp_path):
-    """As the other tests call it, but as a program of its own."""
-    write(tmp_path / "one.npz", MODELS[0])
+def test_the_script_itself(tmp_path, monkeypatch, capsys):
+    """As the other tests call it, but as the program that it is."""
+    monkeypatch.chdir(tmp_path)
+    write("one.npz", MODELS[0])
     for name, status in (("one.npz", 0), ("other.npz", 2)):
-        command = [sys.executable, ROOT / "ensemble.py", name]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == status
+        monkeypatch.setattr(sys, "argv", ["ensemble.py", name])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "ensemble.py"), run_name="__main__")
+        out, err = capsys.readouterr()
+        assert (end.value.code or 0) == status
         if status:
-            assert done.stderr == "ensemble.py: other.npz: No such file or directory\n"
+            assert not out and err == "ensemble.py: other.npz: No such file or directory\n"
         else:
-            assert last_map(done.stdout.splitlines()) == round(100 * evaluate.sample_map(MODELS[0], LABELS), 2)
+            assert last_map(out.splitlines()) == round(100 * evaluate.sample_map(MODELS[0], LABELS), 2)
 
 
 # The mean.

@@ -15,7 +15,9 @@ import os
 import pathlib
 import pickle
 import re
+import runpy
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -34,7 +36,7 @@ import tin
 import trn
 import tsm
 import tsn
-from conftest import ROOT, golden
+from conftest import ROOT
 
 METRICS = dict(np.load(ROOT / "tests" / "golden" / "metrics.npz"))
 CPU = torch.device("cpu")
@@ -204,7 +206,7 @@ def test_random_places():
     rng = np.random.default_rng(0)
     places = [evaluate.crop_places(4, 2, "random", rng) for _ in range(1000)]
     assert {len(some) for some in places} == {3}
-    assert {place for some in places for place in some} == set(itertools.product(range(5), range(3)))  # the last ones too
+    assert {place for some in places for place in some} == set(itertools.product(range(5), range(3)))  # the last too
     assert evaluate.crop_places(4, 2, "random", np.random.default_rng(0)) == places[0]
 
 
@@ -309,10 +311,24 @@ def test_randomness_is_the_names(crops):
 # The laboratory: toy videos, a model file and its checkpoint, and what the scripts need, in one folder.
 
 
-def torchrun(processes, *command, cwd, **options):
-    """A script in several processes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run([*launch, *map(str, command)], cwd=cwd, capture_output=True, text=True, **options)
+def free_port():
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return str(one.getsockname()[1])
+
+
+def together(world, *command, cwd):
+    """A script in several processes, with torchrun's environment but without its own process: the first one's lines."""
+    place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    runs = [subprocess.Popen([sys.executable, *command], env={**os.environ, **place, "RANK": str(rank)}, cwd=cwd,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(world)]
+    try:
+        said = [run.communicate(timeout=300) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert [run.returncode for run in runs] == [0] * world, "\n".join(err for _, err in said)
+    return said[0][0].splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -329,8 +345,7 @@ def lab(tmp_path_factory):
     (folder / "toy" / "few.txt").write_text("\n".join(lines[:2]))
     (folder / "toy" / "test.txt").write_text("\n".join(f"{line.split()[0]} 24 -1" for line in lines[:3]))
     (folder / "toy" / "broken.txt").write_text("\n".join([*lines[:3], "val/none 24 1", lines[4]]))
-    run = torchrun(2, "train.py", "--model", "tiny", "--data", "toy", "--workers", "0", "--lr", "0.3", cwd=folder)
-    assert run.returncode == 0, run.stderr
+    said = together(2, "train.py", *"--model tiny --data toy --workers 0 --lr 0.3".split(), cwd=folder)
     sys.path.insert(0, str(folder))
     tiny = importlib.import_module("tiny")
     checkpoint = evaluate.read_checkpoint(folder / "runs" / "tiny" / "best.pt")
@@ -339,7 +354,7 @@ def lab(tmp_path_factory):
     recipe = tiny.RECIPES["toy"]
     model = evaluate.load_weights(tiny, recipe, checkpoint, "large.pt")[0].eval()
     yield SimpleNamespace(folder=folder, toy=folder / "toy", trained=folder / "runs" / "tiny" / "best.pt",
-                          said=run.stdout.splitlines(), checkpoint=folder / "large.pt", model=model, tiny=tiny,
+                          said=said, checkpoint=folder / "large.pt", model=model, tiny=tiny,
                           recipe=recipe)
     sys.path.remove(str(folder))
 
@@ -500,53 +515,16 @@ def test_a_broken_video_is_named_by_its_list_line(lab):
             evaluate.predict(lab.model, videos, 10, lab.recipe, CPU, workers=workers, batch=1)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="limits of open files are Unix's")
-def test_many_views_need_few_file_handles(lab):
-    """A loader's worker that has used up its file handles waits for ever, and most systems give a process 1,024."""
-    (lab.folder / "handles.py").write_text(
-        "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
-        "import functools, torch, data, evaluate, tiny\n"
-        "recipe = {**tiny.RECIPES['toy'], 'clips': 10}\n"
-        "protocol = evaluate.make_protocol(recipe, 'multiscale')\n"
-        "views = functools.partial(evaluate.test_views, recipe=recipe, protocol=protocol)\n"
-        "videos = data.VideoList('toy', 'train', recipe, train=False, views=views)\n"
-        "print(evaluate.predict(tiny.build(recipe, 10), videos, 10, recipe, torch.device('cpu'), workers=1).shape)\n")
-    with subprocess.Popen([sys.executable, "handles.py"], cwd=lab.folder, stdout=subprocess.PIPE, text=True,
-                          stderr=subprocess.DEVNULL, start_new_session=True) as run:
-        try:
-            assert run.communicate(timeout=60)[0] == "(32, 10)\n"
-        finally:
-            os.killpg(run.pid, 9) if run.poll() is None else None
-
-
 # Several processes.
 
 
 JOB = '''
-import functools, sys
+import contextlib, functools, io, os, pathlib, resource, sys
 import numpy as np, torch, torch.distributed as dist
 import data, evaluate, tiny
 
-rank, world, device = evaluate.start_process("cpu")
 recipe = tiny.RECIPES["toy"]
 checkpoint = evaluate.read_checkpoint("large.pt")
-model, _ = evaluate.load_weights(tiny, recipe, checkpoint, "best.pt")
-model.train()
-
-
-def run(model, split, name, **options):
-    views = functools.partial(evaluate.test_views, recipe=recipe, protocol=evaluate.make_protocol(recipe, name))
-    videos = data.VideoList("toy", split, recipe, train=False, views=views)
-    try:
-        scores, problem = evaluate.predict(model, videos, 10, recipe, device, **options), ""
-    except OSError as error:
-        scores, problem = None, str(error)
-    everywhere = [None] * world
-    dist.all_gather_object(everywhere, (scores, problem))
-    for one in everywhere:
-        np.testing.assert_array_equal(one[0], scores)
-        assert one[1] == problem
-    return problem if scores is None else scores
 
 
 class Pixels(torch.nn.Module):
@@ -554,30 +532,85 @@ class Pixels(torch.nn.Module):
         return clip[:, 1, 1, 3, :10]
 
 
-found = {f"{split} {name} {batch} {view_batch} {workers}":
-         run(model, split, name, batch=batch, view_batch=view_batch, workers=workers)
-         for split, name, batch, view_batch, workers in (
-             ("odd", "clip", 1, 1, 0), ("odd", "multiscale", 1, 5, 0), ("odd", "multiscale", 7, 1, 2),
-             ("few", "clip", 8, 8, 0))}
-found["pixels"] = run(Pixels(), "odd", "clip")
-found["logit"] = run(model, "odd", "multiscale", average="logit")
-found["problem"] = run(model, "broken", "clip", batch=1)
-assert model.training
-model.bn.running_mean += rank  # as after training without SyncBN
-for buffer in model.buffers():  # as train.py before it evaluates
-    dist.broadcast(buffer, 0)
-found["broadcast"] = run(model, "odd", "clip")
-if rank == 0:
-    np.savez(f"world{world}.npz", **found)
-dist.destroy_process_group()
+def run(model, split, name, **options):
+    views = functools.partial(evaluate.test_views, recipe=recipe, protocol=evaluate.make_protocol(recipe, name))
+    videos = data.VideoList("toy", split, recipe, train=False, views=views)
+    try:
+        scores, problem = evaluate.predict(model, videos, 10, recipe, torch.device("cpu"), **options), ""
+    except OSError as error:
+        scores, problem = None, str(error)
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, (scores, problem))
+    for one in everywhere:
+        np.testing.assert_array_equal(one[0], scores)
+        assert one[1] == problem
+    return problem if scores is None else scores
+
+
+def runs():
+    rank, world, device = evaluate.start_process("cpu")
+    assert (str(rank), str(world), str(device)) == (os.environ["RANK"], os.environ["WORLD_SIZE"], "cpu")
+    model, _ = evaluate.load_weights(tiny, recipe, checkpoint, "large.pt")
+    model.train()
+    found = {f"{split} {name} {batch} {view_batch} {workers}":
+             run(model, split, name, batch=batch, view_batch=view_batch, workers=workers)
+             for split, name, batch, view_batch, workers in (
+                 ("odd", "clip", 1, 1, 0), ("odd", "multiscale", 1, 5, 0), ("odd", "multiscale", 7, 1, 2),
+                 ("few", "clip", 8, 8, 0))}
+    found["pixels"] = run(Pixels(), "odd", "clip")
+    found["logit"] = run(model, "odd", "multiscale", average="logit")
+    found["problem"] = run(model, "broken", "clip", batch=1)
+    assert model.training
+    model.bn.running_mean += rank  # as after training without SyncBN
+    for buffer in model.buffers():  # as train.py before it evaluates
+        dist.broadcast(buffer, 0)
+    found["broadcast"] = run(model, "odd", "clip")
+    if rank == 0:
+        np.savez(f"world{world}.npz", **found)
+    dist.destroy_process_group()
+
+
+def label(*videos):
+    sys.argv = ["evaluate.py", "--checkpoint", "large.pt", "--picture", "rows.png", "--video", *videos]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        status = evaluate.main()
+    pathlib.Path(f"labels{os.environ['RANK']}.txt").write_text(f"{status}\\n{out.getvalue()}")
+
+
+def handles():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+    many = {**recipe, "clips": 10}
+    views = functools.partial(evaluate.test_views, recipe=many, protocol=evaluate.make_protocol(many, "multiscale"))
+    videos = data.VideoList("toy", "train", many, train=False, views=views)
+    scores = evaluate.predict(tiny.build(many, 10), videos, 10, many, torch.device("cpu"), workers=1)
+    pathlib.Path("handles.txt").write_text(str(scores.shape))
+
+
+port3, port2, port_of_labels, *videos = sys.argv[1:]
+for world, port, job in ((3, port3, runs), (2, port2, runs), (2, port_of_labels, lambda: label(*videos))):
+    os.environ.update(WORLD_SIZE=str(world), MASTER_PORT=port)
+    if int(os.environ["RANK"]) < world and (job == runs or videos):
+        job()
+if os.environ["RANK"] == "2":
+    handles()
 '''
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_processes_change_nothing(lab, world):
+@pytest.fixture(scope="module")
+def jobs(lab, request):
+    """What three and then two processes do, in files of the laboratory."""
     (lab.folder / "job.py").write_text(JOB)
-    run = torchrun(world, "job.py", cwd=lab.folder, timeout=300)
-    assert run.returncode == 0, run.stderr
+    videos = []
+    if shutil.which("ffmpeg"):
+        folder = request.getfixturevalue("clips")
+        videos = [folder / "landscape.mp4", folder / "text.mp4"]
+    together(3, "job.py", free_port(), free_port(), free_port(), *videos, cwd=lab.folder)
+    return lab
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_change_nothing(jobs, world):
+    lab = jobs
     found = dict(np.load(lab.folder / f"world{world}.npz"))
     assert str(found.pop("problem")).startswith("toy/broken.txt:4: ")  # which one process alone has met
     pixels = found.pop("pixels")
@@ -591,6 +624,20 @@ def test_processes_change_nothing(lab, world):
         assert evaluate.sample_map(scores, labels) == evaluate.sample_map(alone, labels)
     videos = video_list(lab, lab.recipe, evaluate.make_protocol(lab.recipe))
     np.testing.assert_array_equal(pixels, evaluate.predict(Pixels(), videos, 10, lab.recipe, CPU))  # bit for bit
+
+
+def test_many_views_need_few_file_handles(jobs):
+    """A loader's worker that has used up its file handles, here 256, waits for ever. Most systems give it 1,024."""
+    assert (jobs.folder / "handles.txt").read_text() == "(32, 10)"
+
+
+@needs_ffmpeg
+def test_the_first_process_alone_labels(jobs, clips, run):
+    first, second = ((jobs.folder / f"labels{rank}.txt").read_text().splitlines() for rank in (0, 1))
+    status, lines, err = run("--checkpoint", jobs.checkpoint, "--video", clips / "landscape.mp4", clips / "text.mp4",
+                             "--picture", "rows.png")
+    assert second == ["2"] and first == [str(status), *lines, *err] and len(lines) == 6 and len(err) == 1
+    assert (jobs.folder / "rows.png").read_bytes() == pathlib.Path("rows.png").read_bytes()
 
 
 # Files.
@@ -732,13 +779,18 @@ def test_our_own_checkpoint(lab):
     ("tsn_tsnpytorch_r101_t5", None),
 ])
 def test_public_layouts(tmp_path, name, row):
-    case = golden(name)
-    torch.save(case.checkpoint, tmp_path / "PUBLIC.pth")
-    module, recipe, _ = evaluate.open_recipe(case.module, row)
+    """A file in the authors' layout, each tensor filled with a number of its own."""
+    content = golden_shapes(name)
+    (tensors,) = content.values()  # below "state_dict" or "model"
+    for number, (key, tensor) in enumerate(tensors.items()):
+        kind = torch.long if key.endswith("num_batches_tracked") else torch.float
+        tensors[key] = torch.full(tensor.shape, number, dtype=kind)
+    torch.save({**content, "epoch": 1}, tmp_path / "PUBLIC.pth")
+    module, recipe, _ = evaluate.open_recipe(name.split("_")[0], row)
     checkpoint = evaluate.read_checkpoint(tmp_path / "PUBLIC.pth")
     model, num_classes = evaluate.load_weights(module, recipe, checkpoint, "PUBLIC.pth")
-    assert num_classes == case.options["num_classes"] == 10
-    expected = module.convert(case.checkpoint)
+    assert num_classes == 10
+    expected = module.convert(content)
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[key]), key
 
@@ -830,18 +882,21 @@ def test_training_by_two_processes_scored_what_one_process_does(lab, run):
     assert status == 0 and lines[-1] == f"mAP {figure}"
 
 
-def test_the_script_itself(lab, run):
-    """Two processes of it, which say once what one says, and one with bad input."""
-    command = ["evaluate.py", "--data", "toy", "--split", "odd", "--workers", "0", "--out", "two.npz", "--checkpoint"]
-    two = torchrun(2, *command, "large.pt", cwd=lab.folder)
-    assert two.returncode == 0
+def test_the_script_itself(lab, run, monkeypatch, capfd):
+    """Two processes of it under torchrun, which say once what one says; and one with bad input."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = "--data toy --split odd --workers 0 --out two.npz --checkpoint large.pt"
+    two = subprocess.run([*launch, "evaluate.py", *flags.split()], cwd=lab.folder, capture_output=True, text=True)
     status, lines, _ = run("--checkpoint", lab.checkpoint, "--data", lab.toy, "--split", "odd", "--out", "one.npz")
-    assert status == 0 and lines == two.stdout.splitlines()
+    assert status == 0 and (two.returncode, two.stdout.splitlines()) == (0, lines)
     with np.load("one.npz") as one, np.load(lab.folder / "two.npz") as two:
         np.testing.assert_allclose(one["scores"], two["scores"], rtol=0, atol=1e-5)
         np.testing.assert_array_equal(one["paths"], two["paths"])
-    bad = subprocess.run([sys.executable, *command, "none.pt"], cwd=lab.folder, capture_output=True, text=True)
-    assert bad.returncode == 2 and not bad.stdout and re.fullmatch(r"evaluate\.py: .*none\.pt.*\n", bad.stderr)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", "none.pt"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+    out, err = capfd.readouterr()
+    assert end.value.code == 2 and not out and re.fullmatch(r"evaluate\.py: .*none\.pt.*\n", err)
 
 
 @pytest.mark.parametrize("flags, name, changed, average", [
@@ -876,6 +931,23 @@ def test_protocols_on_the_command_line(lab, run, flags, name, changed, average):
     assert meta["map"] == pytest.approx(evaluate.sample_map(scores, labels), abs=1e-12)
     assert meta["protocol"] == json.loads(json.dumps({**protocol, "average": average}))
     assert all(meta["recipe"][key] == json.loads(json.dumps(value)) for key, value in changed.items())
+
+
+@pytest.mark.parametrize("flags, batch", [
+    ("", 16), ("--protocol dense", 1), ("--view-batch 40 --protocol dense", 4),  # 3 clips x 3 crops
+    ("--clips 1", 2), ("--clips 3 --crops 1", 2),  # at two scales
+    ("--batch 7 --protocol multiscale", 7), ("--view-batch 1", 1),
+])
+def test_no_more_videos_are_loaded_at_once_than_have_as_many_views(lab, run, monkeypatch, flags, batch):
+    class Loader(torch.utils.data.DataLoader):
+        def __init__(self, *args, batch_size, **kwargs):
+            batches.append(batch_size)
+            super().__init__(*args, batch_size=batch_size, **kwargs)
+
+    batches = []
+    monkeypatch.setattr(torch.utils.data, "DataLoader", Loader)
+    status, _, _ = run("--checkpoint", lab.checkpoint, "--data", lab.toy, "--split", "few", *flags.split())
+    assert status == 0 and batches == [batch]
 
 
 def test_random_crops_do_not_depend_on_the_batch(lab, run):
@@ -954,7 +1026,19 @@ def spoiled_files(lab):
     ("--checkpoint CKPT --data TOY --view-batch -1", "--view-batch -1: at least 1"),
     ("--checkpoint CKPT --data TOY --workers -1", "workers"),
     ("--checkpoint CKPT --data TOY --device nothing", "--device nothing"),
-    ("--checkpoint CKPT --data TOY --out none/scores.npz", "none/scores.npz"),
+    ("--checkpoint CKPT --data TOY --device meta", "--device meta"),
+    ("--checkpoint CKPT --data TOY --device cuda:99", "--device cuda:99"),
+    ("--checkpoint CKPT --data TOY --std 0.2 0 0.2", "--std [0.2, 0.0, 0.2]: at least 1e-06"),
+    ("--checkpoint CKPT --data TOY --dropout 1", "--dropout 1.0: at least 0, below 1"),
+    ("--checkpoint CKPT --data TOY --lr nan", "--lr nan: at least 0"),
+    ("--checkpoint CKPT --data TOY --weight-decay inf", "--weight-decay inf: at least 0"),
+    ("--checkpoint TOY --data TOY", "toy"),
+    ("--checkpoint CKPT --data TOY --out none/scores.npz", "none/scores.npz: there is no such folder"),
+    ("--checkpoint CKPT --data TOY --out TOY", "toy: there is no such folder, or it cannot be written there"),
+    ("--checkpoint CKPT --video x --picture none/x.png", "none/x.png: there is no such folder"),
+    ("--checkpoint CKPT --video x --picture x.tune", "--picture x.tune: no kind of picture that Pillow writes"),
+    ("--checkpoint CKPT --video x --picture png", "--picture png: no kind of picture that Pillow writes"),
+    ("--checkpoint CKPT --video x --picture x.psd", "--picture x.psd: no kind of picture"),  # one it only reads
     pytest.param("--checkpoint CKPT --video none.mp4", "none.mp4: ", marks=needs_ffmpeg),
     ("--model tiny --weights ours.pth --data eleven --video x", "knows 10 classes, eleven/categories.txt names 11"),
 ])
@@ -979,6 +1063,8 @@ def test_a_folder_that_is_not_there_is_told_before_the_work(lab, run):
     ("--checkpoint CKPT --average softmax", "invalid choice"),
     ("--checkpoint CKPT --fusion-kernel 7", "unrecognized arguments: --fusion-kernel 7"),
     ("--checkpoint CKPT --frames many", "invalid int value"),
+    ("--checkpoint CKPT --mean 0.5 0.5", "expected 3 arguments"),
+    ("--checkpoint CKPT --sampling some", "invalid choice"),
     ("--checkpoint CKPT --data TOY --crops 2", "--crops"),
     ("--checkpoint CKPT --data TOY --crops some", "--crops"),
 ])
