@@ -3,22 +3,31 @@
     python -m pytest tests/test_models.py
 """
 import ast
+import collections
 import copy
+import functools
 import importlib
 import inspect
+import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from conftest import ROOT, drawn_clip, drawn_tensors
+import data
+import evaluate
+import tin
+import train
+from conftest import ROOT, drawn_clip, drawn_tensors, golden
 
 NAMES = ("tsn", "trn", "tsm", "tin", "slowfast")
 KEYS = """frames stride sampling augment crop jitter flip mean std dropout loss loss_scale class_weight batch
@@ -259,6 +268,196 @@ def test_our_own_checkpoint_comes_back_bit_for_bit(module, model):
     other = module.build(module.RECIPES["toy"], 10)
     other.load_state_dict(module.convert(checkpoint))
     assert all(torch.equal(tensor, state[key]) for key, tensor in other.state_dict().items())
+
+
+# Other people's files, from the disk through --weights and --init. Every tensor holds one number of its own: that costs
+# nothing, even for SENet-154, and shows where it went. Names and shapes are those of the authors' own files where
+# tests/golden has one, otherwise ours under their names, as their code has them.
+
+BARE = [(r"^backbone\.", "")]  # torchvision's names, without a prefix
+XT = [(r"^backbone\.", "base_model."), (r"^(fc|frame)\.", "new_fc.")]  # tsn-pytorch's, and so of all that began there
+MM = [(r"downsample\.0\.", "downsample.conv."), (r"downsample\.1\.", "downsample.bn."), (r"\bbn(\d)\.", r"conv\1.bn."),
+      (r"\bconv(\d)\.weight", r"conv\1.conv.weight"), (r"^(fc|frame)\.", "cls_head.fc_cls.")]
+SHIFT = [(r"(layer\d\.\d+\.conv1\.(?:conv\.)?)weight", r"\1net.weight")]
+SOME_SHIFT = [(r"(layer\d\.\d*[02468]\.conv1\.)weight", r"\1net.weight")]
+MM_TIN = [(r"(layer\d\.\d+\.conv1\.conv\.)weight", r"\1net2.weight"),
+          (r"^interlace\.(.+)\.offset_(conv|fc1|fc2)\.", r"backbone.\1.conv1.conv.net1.offset_net.\2."),
+          (r"^interlace\.(.+)\.weight_conv\.", r"backbone.\1.conv1.conv.net1.weight_net.conv.")]
+SCALES = [(r"^relations\.(\d+)\.hidden\.", r"consensus.fc_fusion_scales.\1.1."),
+          (r"^relations\.(\d+)\.fc\.", r"consensus.fc_fusion_scales.\1.3.")]
+ONE_SCALE = [(r"^relations\.0\.hidden\.", "consensus.classifier.1."),
+             (r"^relations\.0\.fc\.", "consensus.classifier.3.")]
+CONTAINERS = {  # what else their files hold
+    "X-Temporal": lambda tensors: {"model": tensors, "epoch": 30, "optimizer": {"state": {}, "param_groups": []},
+                                   "lr_scheduler": {"base_lrs": [0.01]}, "best_prec1": np.float64(58.9)},
+    "MIT": lambda tensors: {"state_dict": tensors, "epoch": 50, "arch": "resnet50", "best_prec1": torch.tensor(71.2)},
+    "mmaction2": lambda tensors: {"meta": {"epoch": 50, "CLASSES": ["a"] * 10, "config": "model = ..."},
+                                  "state_dict": collections.OrderedDict(tensors)},
+    "bare": lambda tensors: tensors,
+    "ours": lambda tensors: {"model": tensors, "config": {"model": "tsn"}, "epoch": 3},
+}
+R50, R101 = {"backbone": "resnet50"}, {"depth": 101}
+RENAMED = {  # of networks for 10 classes: the model, its recipe's values, their names, prefix, container
+    "X-Temporal's TSN": ("tsn", R50, XT, "module.", "X-Temporal"),
+    "X-Temporal's TSN, one GPU": ("tsn", R50, XT, "", "X-Temporal"),
+    "tsn-pytorch, dropout 0": ("tsn", R50, [(r"^fc\.", "base_model.fc."), XT[0]], "module.", "MIT"),
+    "MIT's TSN": ("tsn", R50, XT, "module.", "MIT"),
+    "mmaction2's TSN": ("tsn", R50, MM, "", "mmaction2"),
+    "moments_models": ("tsn", R50, BARE, "module.", "MIT"),
+    "Cadene's Inception-ResNet-v2": ("tsn", {"backbone": "inception_resnet_v2"}, [(r"^fc\.", "backbone.last_linear.")],
+                                     "", "bare"),
+    "timm's inside mmaction2": ("tsn", {"backbone": "inception_resnet_v2"}, MM[-1:], "", "mmaction2"),
+    "TRN-pytorch, one scale": ("trn", {"multiscale": False}, XT + ONE_SCALE, "module.", "MIT"),
+    "mmaction2's TRN": ("trn", {}, MM + SCALES + [("^consensus", "cls_head.consensus")], "", "mmaction2"),
+    "X-Temporal's TSM": ("tsm", {}, XT + SHIFT, "module.", "X-Temporal"),
+    "X-Temporal's TSM, ResNet-101": ("tsm", R101, XT + SHIFT, "module.", "X-Temporal"),
+    "MIT's TSM, ResNet-101": ("tsm", R101, XT + SOME_SHIFT, "module.", "MIT"),
+    "mmaction2's TSM, ResNet-101": ("tsm", R101, MM + SHIFT, "", "mmaction2"),
+    "mmaction2's TIN": ("tin", {}, MM + MM_TIN, "", "mmaction2"),
+    "a TSN for a TSM": ("tsm", {}, XT, "module.", "MIT"),
+    **{f"our {name}": (name, {}, [], "", "ours") for name in NAMES},
+}
+GOLDEN = sorted(path.stem for path in (ROOT / "tests" / "golden").glob("*.npz") if path.stem.split("_")[0] in NAMES)
+
+
+@pytest.fixture
+def empty_networks(monkeypatch):
+    """Networks without initial values, and so at once."""
+    for name in ("kaiming_uniform_", "kaiming_normal_", "uniform_", "normal_", "trunc_normal_"):
+        monkeypatch.setattr(nn.init, name, lambda tensor, *_, **__: tensor)
+
+
+def numbered(shapes):
+    """{name: shape} -> {name: tensor of that shape, of one number that no other has}."""
+    return {name: (torch.tensor(i) if name.endswith("num_batches_tracked") else torch.tensor(float(i))).expand(shape)
+            for i, (name, shape) in enumerate(shapes.items(), 1)}
+
+
+def network_shapes(module, recipe):
+    with torch.device("meta"):
+        return {name: tuple(x.shape) for name, x in module.build(recipe, 10).state_dict().items()}
+
+
+def under_their_names(name):
+    """A row of RENAMED -> (module, recipe, its file as read, {our name: tensor})."""
+    model, changes, names, prefix, container = RENAMED[name]
+    module = importlib.import_module(model)
+    recipe = {**next(iter(module.RECIPES.values())), **changes}
+    state = numbered(network_shapes(module, recipe))
+    tensors = {prefix + functools.reduce(lambda key, rule: re.sub(*rule, key), names, key): x
+               for key, x in state.items()}
+    assert len(tensors) == len(state)
+    return module, recipe, CONTAINERS[container](tensors), state
+
+
+def of_the_authors(name):
+    """The same for a case of tests/golden; whether convert put the tensors where they belong, the logits tell."""
+    with np.load(ROOT / "tests" / "golden" / f"{name}.npz") as file:
+        meta = json.loads(str(file["meta"]))
+    module, prefix, key = meta["ours"]["module"], meta["container"]["prefix"] or "", meta["container"]["key"]
+    options = {"frames" if option == "segments" else option: value for option, value in meta["ours"]["options"].items()}
+    tensors = numbered({prefix + name: shape for name, shape in meta["shapes"].items()})
+    if key == "blobs":
+        tensors = {name: x.numpy() for name, x in tensors.items()}
+    module, file = importlib.import_module(module), {key: tensors, "epoch": 1} if key else tensors
+    return module, {**next(iter(module.RECIPES.values())), **options}, file, module.convert(file)
+
+
+@pytest.mark.parametrize("case", [*RENAMED, *GOLDEN])
+def test_public_file_through_weights_and_init(case, tmp_path, empty_networks):
+    module, recipe, file, expected = (of_the_authors if case in GOLDEN else under_their_names)(case)
+    path = tmp_path / ("PUBLIC.pkl" if "blobs" in file else "PUBLIC.pth.tar")
+    path.write_bytes(pickle.dumps(file, 2)) if "blobs" in file else torch.save(file, path)
+    loaded, num_classes = evaluate.load_weights(module, recipe, evaluate.read_checkpoint(path), path)
+    started = module.build(recipe, 10)
+    sentence = train.start_from(module, started, {**recipe, "init": str(path)})
+    assert num_classes == 10 and sentence == f"init {path}: {len(expected)} of {len(expected)} tensors read"
+    for model in (loaded, started):
+        state = model.state_dict()
+        assert state.keys() == expected.keys()
+        assert [key for key in state if not torch.equal(state[key], expected[key])] == []
+
+
+@pytest.mark.parametrize("name, changes, head, classes", [
+    *[(name, R50 if name in ("tsn", "trn") else {}, "fc", 1000) for name in ("tsn", "trn", "tsm", "tin")],
+    ("tsn", {}, "fc", 1000),  # ResNet-101
+    ("tsn", {"backbone": "inception_resnet_v2"}, "classif", 1000),  # timm's
+    ("tsn", {"backbone": "inception_resnet_v2"}, "last_linear", 1001),  # Cadene's, with the background
+    ("tsn", {"backbone": "senet154"}, "last_linear", 1000),  # both
+])
+def test_imagenet_file_through_init(name, changes, head, classes, tmp_path, empty_networks):
+    module, path = importlib.import_module(name), tmp_path / "imagenet.pth"
+    recipe = {**next(iter(module.RECIPES.values())), **changes, "init": str(path)}
+    shapes = network_shapes(module, recipe)
+    expected = numbered({key: shape for key, shape in shapes.items() if key.startswith("backbone.")})
+    torch.save({**{key.removeprefix("backbone."): x for key, x in expected.items()},
+                f"{head}.weight": torch.zeros(1).expand(classes, 2048), f"{head}.bias": torch.zeros(classes)}, path)
+    model = module.build(recipe, 10)
+    sentence = train.start_from(module, model, recipe)
+    state = model.state_dict()
+    assert [key for key in expected if not torch.equal(state[key], expected[key])] == []
+    assert f"{len(expected)} of {len(shapes)} tensors read" in sentence
+    kept = set(re.findall(r"keeps its initial value: (\w+) \(not in the file", sentence))
+    assert kept == {key.split(".")[0] for key in shapes} - {"backbone"}
+
+
+@pytest.fixture(scope="module")
+def few_videos(tmp_path_factory):
+    """A data folder of 10 classes, with 8 videos for training and 2 for validation."""
+    folder = tmp_path_factory.mktemp("few") / "toy"
+    data.draw_toy(folder, videos=8)
+    return folder
+
+
+def redrawn(name, path):
+    """A case of tests/golden, its checkpoint, as its authors' code would have left it, in the file `path`."""
+    case = golden(name)
+    if "blobs" in case.checkpoint:
+        tensors = {key: x.numpy() for key, x in case.checkpoint["blobs"].items()}
+        path.write_bytes(pickle.dumps({"blobs": tensors}, 2))
+    else:
+        torch.save(case.checkpoint, path)
+    return case
+
+
+def command(script, *args):
+    """The lines that a script prints, called as one would, on frames of 36 pixels."""
+    size = ["--test-resize", "36", "--test-crop", "32", "--workers", "0"]
+    run = subprocess.run([sys.executable, ROOT / script, *map(str, args), *size], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("tsm_mmaction2_r50_t8", ""),
+    ("slowfast_pyslowfast_c2_8x8_r50",
+     "--depth 50 --fusion-kernel 7 --fusion-norm --fc-bias --slow-index linspace --stride 1"),
+], ids=["torch", "Caffe2"])
+def test_evaluate_scores_with_a_public_file(name, flags, few_videos, tmp_path):
+    case = redrawn(name, tmp_path / "PUBLIC.pth")
+    printed = command("evaluate.py", "--model", case.module, "--weights", tmp_path / "PUBLIC.pth", *flags.split(),
+                      "--data", few_videos, "--out", tmp_path / "scores.npz")
+    assert re.fullmatch(r"mAP \d+\.\d\d", printed[-1])
+    module, recipe, _ = evaluate.open_recipe(case.module)
+    recipe = {**recipe, "test_resize": 36, "test_crop": 32, "stride": 1}
+    views = functools.partial(evaluate.test_views, recipe=recipe, protocol=evaluate.make_protocol(recipe))
+    [(clip, _)] = data.VideoList(few_videos, "val", recipe, train=False, views=views)[0][1]
+    model = getattr(module, CONSTRUCTORS[case.module][0])(**case.options).eval()
+    model.load_state_dict(module.convert(case.checkpoint))
+    with torch.no_grad():
+        logits = model(data.normalise(clip[None], recipe["mean"], recipe["std"]))
+    np.testing.assert_allclose(np.load(tmp_path / "scores.npz")["scores"][0], logits[0].sigmoid(), atol=1e-5)
+
+
+def test_train_starts_from_a_public_file(few_videos, tmp_path):
+    case, path = redrawn("tin_deepcs233_r50_t8", tmp_path / "PUBLIC.pth"), tmp_path / "PUBLIC.pth"
+    options = "--epochs 1 --batch 8 --lr 0 --crop 32 --augment jitter --jitter 36 36"
+    printed = command("train.py", "--model", "tin", "--init", path, "--data", few_videos, "--out", tmp_path / "run",
+                      *options.split())
+    assert f"init {path}: 448 of 448 tensors read" in printed
+    trained = evaluate.read_checkpoint(tmp_path / "run" / "best.pt")["model"]
+    for key, tensor in tin.convert(case.checkpoint).items():  # at a rate of 0 it is what it was
+        assert "running" in key or "num_batches" in key or torch.equal(trained[key], tensor), key
 
 
 # The file alone.
