@@ -72,9 +72,9 @@ def temporal_interlace(x, offsets, weights=None):
     if weights is not None:
         matrix = matrix * weights[..., None]  # a row is the frame that values arrive at
     place = 4 if x.stride(2) == 1 else 2  # channels_last, which has the channels last in memory, stays channels_last
-    groups = x.movedim(2, place).unflatten(place, (offsets.shape[1], -1)).movedim(place, 1)  # (B, G, T, ...)
-    y = (matrix.to(x.dtype) @ groups.flatten(3)).view(groups.shape)
-    return y.movedim(1, place).flatten(place, place + 1).movedim(place, 2)
+    groups = x.movedim(2, place).unflatten(place, (offsets.shape[1], -1)).unbind(place)  # a joint product copies x
+    moved = [(m @ group.flatten(2)).view(group.shape) for m, group in zip(matrix.to(x.dtype).unbind(1), groups)]
+    return torch.cat(moved, dim=place).movedim(place, 2)
 
 
 class TemporalInterlace(nn.Module):

@@ -81,6 +81,11 @@ def test_positive_moves_later(offset):
     assert y.sum() == 1 and (frame * y).sum() == 4 + offset
 
 
+def test_groups_are_equal():
+    with pytest.raises(RuntimeError, match="10"):
+        tin.temporal_interlace(torch.zeros(1, 8, 10, 1, 1), torch.zeros(1, 4))
+
+
 def test_what_nothing_reaches_is_zero():
     x = torch.ones(1, 8, 4, 2, 2)
     y = tin.temporal_interlace(x, torch.tensor([[2.0, -2.0, 8.0, -8.0]]))[0, :, :, 0, 0].T
