@@ -30,16 +30,17 @@ def read_scores(name):
     """A scores.npz -> (paths, scores (N, K) as stored, labels (N, K) or None, meta); ValueError for any other file."""
     try:
         with np.load(name) as file:
-            arrays = dict(file)
-        paths, scores, labels = arrays["paths"].tolist(), arrays["scores"], arrays.get("labels")
-        meta, truth = json.loads(str(arrays.get("meta", "{}"))), np.zeros_like(scores) if labels is None else labels
+            arrays = {"labels": None, "meta": "{}", **file}
+        paths, scores, labels = arrays["paths"].tolist(), arrays["scores"], arrays["labels"]
+        truth, meta = np.zeros_like(scores) if labels is None else labels, dict(json.loads(str(arrays["meta"])))
+        numbers, different = np.isfinite(scores).all() and np.isin(truth, (0, 1)).all(), len(set(paths))
     except Exception as error:  # numpy lets through whatever the bytes did to it
         reason = getattr(error, "strerror", None) or "not a score file of evaluate.py --out"
         raise ValueError(f"{name}: {reason}") from None
-    if len(set(paths)) < len(paths) or not scores.shape == truth.shape == (len(paths), *scores.shape[1:2]):
-        raise ValueError(f"{name}: {len(paths)} paths, {len(set(paths))} of them different, for scores {scores.shape} "
+    if scores.ndim != 2 or truth.shape != scores.shape or not different == len(paths) == len(scores):
+        raise ValueError(f"{name}: {len(paths)} paths, {different} of them different, for scores {scores.shape} "
                          f"and labels {truth.shape}")
-    if not np.isfinite(scores).all() or not np.isin(truth, (0, 1)).all():
+    if not numbers:
         raise ValueError(f"{name}: a score is not a finite number, or a label not 0 or 1")
     return paths, scores, labels, meta
 
@@ -67,8 +68,7 @@ def combine(scores, weights=None):
     scores, weights = np.asarray(scores), np.ones(len(scores)) if weights is None else np.asarray(weights, float)
     if weights.shape != scores.shape[:1] or not 0 < weights.sum() < np.inf or weights.min() < 0:
         raise ValueError(f"weights {weights.tolist()}: one for each of {len(scores)} files, from 0 up, not all 0")
-    total = sum(weight * model.astype(float) for weight, model in zip(weights, scores))
-    return (total / weights.sum()).astype(scores.dtype)
+    return np.average(scores, axis=0, weights=weights).astype(scores.dtype)  # in float64
 
 
 def fit_weights(scores, labels, rounds=50):
@@ -132,12 +132,11 @@ def read_weights(given, models):
 
 
 def write_csv(path, paths, scores, failed):
-    """path,score_0,... of every video; those that `failed`, a <split>_failed.txt, names get the mean row."""
-    lines, text = data.read_text(failed).splitlines() if failed else [], io.StringIO()
-    names = dict.fromkeys([*paths, *(line.split("\t")[0] for line in lines if line.strip())])
+    """path,score_0,... of every video; `failed`, the lines of a <split>_failed.txt, name some that get the mean row."""
+    text, names = io.StringIO(), dict.fromkeys([*paths, *(line.split("\t")[0] for line in failed if line.strip())])
     rows = np.concatenate([scores, np.tile(scores.mean(0), (len(names) - len(paths), 1))]).astype(str)
-    head = ["path", *(f"score_{k}" for k in range(scores.shape[1]))]
-    csv.writer(text).writerows([head, *([name, *row] for name, row in zip(names, rows))])
+    csv.writer(text).writerow(["path", *(f"score_{k}" for k in range(scores.shape[1]))])
+    csv.writer(text).writerows([name, *row] for name, row in zip(names, rows))
     data.write_lines(Path(path), text.getvalue().splitlines())
 
 
@@ -146,8 +145,8 @@ def main():
     parser.add_argument("files", nargs="+", metavar="FILE.npz", help="of evaluate.py --out, all of one list")
     ways = parser.add_mutually_exclusive_group()
     ways.add_argument("--weights", nargs="+", metavar="W", help="a number for each file, or FILE.json of --fit (equal)")
-    ways.add_argument("--fit", action="store_true", help="fit them to the labels")
-    parser.add_argument("--out", metavar="FILE.npz", help="write the result, itself such a file (--fit: FILE.json)")
+    ways.add_argument("--fit", action="store_true", help="fit the weights to the labels, for the test list (equal)")
+    parser.add_argument("--out", metavar="FILE.npz", help="write the result, itself such a file (--fit: FILE.json too)")
     parser.add_argument("--csv", metavar="FILE.csv", help="write the result as text: path,score_0,...")
     parser.add_argument("--failed", metavar="FILE", help="<split>_failed.txt: its videos get the mean row in FILE.csv")
     args = parser.parse_args()
@@ -155,15 +154,16 @@ def main():
         return
     if args.failed and not args.csv:
         raise ValueError(f"--failed {args.failed}: goes into the table of --csv")
+    evaluate.check_outputs(args.out, args.csv)
+    failed = data.read_text(args.failed).splitlines() if args.failed else []
     paths, scores, labels, metas = align(args.files)
     models = [meta.get("model") for meta in metas]
     if args.fit and labels is None:
         raise ValueError(f"--fit: {args.files[0]} has no labels to fit to")
+    found = {"weights": read_weights(args.weights, models) if args.weights else [1.0] * len(models)}
+    result = combine(scores, found["weights"])
     if args.fit:
         result, found = fit(args.files, paths, scores, labels)
-    else:
-        found = {"weights": read_weights(args.weights, models) if args.weights else [1.0] * len(models)}
-        result = combine(scores, found["weights"])
     found = {"model": "ensemble", "files": args.files, "models": models, **found}
     if args.out and args.fit:
         data.write_lines(Path(args.out.removesuffix(".npz") + ".json"), [json.dumps(found, indent=1)])
@@ -171,7 +171,7 @@ def main():
         found["map"] = None if labels is None else evaluate.sample_map(result, labels)
         evaluate.save_scores(args.out, paths, result, labels, {**found, "classes": result.shape[1], "members": metas})
     if args.csv:
-        write_csv(args.csv, paths, result, args.failed)
+        write_csv(args.csv, paths, result, failed)
     evaluate.print_metrics(result, labels)
 
 

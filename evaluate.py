@@ -167,6 +167,13 @@ def save_scores(path, paths, scores, labels, meta):
         part.unlink(missing_ok=True)
 
 
+def check_outputs(*files):
+    """ValueError, before the work, for a file that could not be written after it. None: not asked for."""
+    for file in filter(None, files):
+        if Path(file).is_dir() or not os.access(Path(file).absolute().parent, os.W_OK):
+            raise ValueError(f"{file}: there is no such folder, or it cannot be written there")
+
+
 def print_metrics(scores, labels):
     """The report's metric on a line of its own, last; before it what helps to understand it."""
     if labels is None:
@@ -405,8 +412,8 @@ def draw_row(frames, labels):
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        epilog="Every recipe value is a flag too, such as --clips 10 --crops random --scales 128 144; with its source, "
-               "python train.py --model NAME --print-recipe shows each.")
+        epilog="Every recipe value is a flag too, such as --clips 10 --crops random --scales 128 144;\n"
+               "python train.py --model NAME --print-recipe shows them all, with their sources.")
     parser.add_argument("--checkpoint", metavar="FILE", help="of train.py; it holds its model, recipe and categories")
     parser.add_argument("--model", metavar="NAME", help="with --weights: a model file beside this script, such as tin")
     parser.add_argument("--weights", metavar="FILE", help="other people's weights, read by the model file's convert")
@@ -415,7 +422,8 @@ def main():
     parser.add_argument("--split", default="val", help="which of its lists (%(default)s)")
     parser.add_argument("--protocol", choices=["clip", "dense", "multiscale"], help="one view (the default), clips x "
                         "crops, or these at all scales (the default with --clips, --crops or --scales)")
-    parser.add_argument("--average", default="prob", choices=["prob", "logit"], help="a video's views' (%(default)s)")
+    parser.add_argument("--average", default="prob", choices=["prob", "logit"],
+                        help="what is averaged over a video's views (%(default)s)")
     parser.add_argument("--out", metavar="FILE.npz", help="write paths, scores and labels there, for ensemble.py")
     parser.add_argument("--batch", type=int, default=argparse.SUPPRESS,
                         help="videos loaded at once (so many that they have VIEW_BATCH views, or 1)")
@@ -442,9 +450,7 @@ def main():
     check_recipe({**recipe, **vars(args)})
     name = "multiscale" if {"clips", "crops", "scales"} & given.keys() else "clip"
     protocol = make_protocol(recipe, args.protocol or name)
-    for file in filter(None, (args.out, args.picture)):
-        if Path(file).is_dir() or not os.access(Path(file).absolute().parent, os.W_OK):
-            raise ValueError(f"{file}: there is no such folder, or it cannot be written there")
+    check_outputs(args.out, args.picture)
     if args.picture and Image.registered_extensions().get(Path(args.picture).suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--picture {args.picture}: no kind of picture that Pillow writes, such as .png")
     rank, _, device = start_process(args.device)

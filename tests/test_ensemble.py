@@ -327,6 +327,7 @@ def other(array, place, value):
     (dict(paths=PATHS[:-1]), "b.npz: 59 paths, 59 of them different, for scores (60, 12) and labels (60, 12)"),
     (dict(labels=LABELS[:, :5]), "for scores (60, 12) and labels (60, 5)"),
     (dict(scores=MODELS[1][0]), "for scores (12,) and labels (60, 12)"),
+    (dict(scores=MODELS[1][:, 0], labels=LABELS[:, 0]), "for scores (60,) and labels (60,)"),
     (dict(scores=other(MODELS[1], (3, 4), np.nan)), "b.npz: a score is not a finite number"),
     (dict(scores=other(MODELS[1], (3, 4), np.inf)), "b.npz: a score is not a finite number"),
     (dict(labels=other(LABELS, (3, 4), 2)), "or a label not 0 or 1"),
@@ -349,13 +350,18 @@ def spoil(kind):
         Path("bad.npy").replace("bad.npz")
     elif kind == "no paths":
         np.savez("bad.npz", scores=MODELS[0])
-    elif kind == "meta":
-        np.savez("bad.npz", paths=np.array(PATHS), scores=MODELS[0], meta="{")
+    elif kind.startswith("meta"):
+        np.savez("bad.npz", paths=np.array(PATHS), scores=MODELS[0], meta="{" if kind == "meta" else "[1]")
+    elif kind == "words":
+        np.savez("bad.npz", paths=np.array(PATHS), scores=MODELS[0].astype(str))
+    elif kind == "a table of paths":
+        np.savez("bad.npz", paths=np.array(PATHS)[:, None], scores=MODELS[0])
     else:
         Path("bad.npz").write_bytes({"text": b"path,score_0\n", "empty": b"", "cut": content[:5000]}[kind])
 
 
-@pytest.mark.parametrize("kind", ["text", "empty", "cut", "pickled", "one array", "no paths", "meta"])
+@pytest.mark.parametrize("kind", ["text", "empty", "cut", "pickled", "one array", "no paths", "meta", "meta, a list",
+                                  "words", "a table of paths"])
 def test_other_files(run, kind):
     spoil(kind)
     line = "ensemble.py: bad.npz: not a score file of evaluate.py --out"
@@ -374,13 +380,19 @@ def test_other_files(run, kind):
     ("--weights short.json", "weights [1.0]: one for each of 2 files"),
     ("--failed text.json", "--failed text.json: goes into the table of --csv"),
     ("--csv out.csv --failed none.txt", "none.txt"),
-    ("--out none/out.npz", "none/out.npz"),
+    ("--out out.npz --csv table.csv --failed none.txt", "none.txt"),
+    ("--out none/out.npz", "none/out.npz: there is no such folder"),
+    ("--out .", ".: there is no such folder, or it cannot be written there"),
+    ("--out out.npz --csv .", ".: there is no such folder, or it cannot be written there"),
+    ("--out out.npz --csv none/out.csv", "none/out.csv: there is no such folder"),
 ])
 def test_flags_that_are_refused(run, flags, says):
     for name, text in (("text", "weights"), ("list", "[1, 2]"), ("other", '{"lr": 1}'), ("short", '{"weights": [1]}')):
         Path(f"{name}.json").write_text(text)
     status, lines, err = run(write("a.npz", MODELS[0]), write("b.npz", MODELS[1]), *flags.split())
     assert status == 2 and not lines and len(err) == 1 and err[0].startswith("ensemble.py: ") and says in err[0]
+    assert {path.name for path in Path().iterdir()} == {
+        "a.npz", "b.npz", "text.json", "list.json", "other.json", "short.json"}
 
 
 def test_nothing_can_be_fitted_without_labels(run):
