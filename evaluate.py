@@ -439,11 +439,11 @@ def main():
         parser.error("which network? --checkpoint FILE, or --model NAME --weights FILE")
     path = args.checkpoint or args.weights
     checkpoint = read_checkpoint(path)
-    config = checkpoint.get("config") if args.checkpoint else {"model": args.model}
-    if not isinstance(config, dict) or args.checkpoint and not {"model", "recipe"} <= config.keys():
+    config = checkpoint.get("config") if args.checkpoint else {"model": args.model, "recipe": {}}
+    if not isinstance(config, dict) or [type(config.get(key)) for key in ("model", "recipe")] != [str, dict]:
         raise ValueError(f"{path}: not one of our checkpoints; others': --model NAME --weights {path}")
     module, row, _ = open_recipe(config["model"], args.recipe)
-    recipe, flags = config.get("recipe", row), argparse.ArgumentParser(allow_abbrev=False)
+    recipe, flags = {**row, **config["recipe"]}, argparse.ArgumentParser(allow_abbrev=False)
     add_recipe_flags(flags, recipe, {})
     given = vars(flags.parse_args(rest))
     recipe = {**recipe, **given}

@@ -983,6 +983,14 @@ def test_other_peoples_weights_on_the_command_line(lab, run):
     assert status == 2 and len(err) == 1 and err[0].startswith("evaluate.py: PUBLIC.pth: not one of our checkpoints")
 
 
+def test_a_key_that_is_younger_than_the_checkpoint_has_the_rows_value(lab, run):
+    checkpoint = evaluate.read_checkpoint(lab.checkpoint)
+    plain = run("--checkpoint", lab.checkpoint, "--data", lab.toy, "--split", "odd")
+    del checkpoint["config"]["recipe"]["stride"]
+    torch.save(checkpoint, "old.pt")
+    assert run("--checkpoint", "old.pt", "--data", lab.toy, "--split", "odd")[:2] == plain[:2] and plain[0] == 0
+
+
 def test_the_toy_is_drawn_where_no_data_is_named(lab, run, monkeypatch):
     monkeypatch.setattr(data, "draw_toy", lambda out: shutil.copytree(lab.toy, out))
     figure = run("--checkpoint", lab.checkpoint)[1]
@@ -997,6 +1005,7 @@ def spoiled_files(lab):
     pathlib.Path("text.pth").write_text("not a checkpoint\n")
     torch.save({"config": "a.yaml", "model": {}}, "config.pth")
     torch.save({"config": {"lr": 1}, "model": {}}, "other.pth")
+    torch.save({"config": {"model": 1, "recipe": [2]}, "model": {}}, "types.pth")
     torch.save({"config": {"model": "none", "recipe": lab.recipe}, "model": {}}, "gone.pth")
     torch.save({"weights": {"a": torch.zeros(1)}}, "weights.pth")
     torch.save(evaluate.read_checkpoint(lab.checkpoint)["model"], "ours.pth")
@@ -1012,6 +1021,7 @@ def spoiled_files(lab):
     ("--checkpoint text.pth", "text.pth: no checkpoint"),
     ("--checkpoint config.pth", "config.pth: not one of our checkpoints"),
     ("--checkpoint other.pth", "other.pth: not one of our checkpoints"),
+    ("--checkpoint types.pth", "types.pth: not one of our checkpoints"),
     ("--checkpoint gone.pth", "there is no none.py beside this script"),
     ("--model tiny --weights weights.pth", "weights.pth: tiny.py has no place"),
     ("--model nothing --weights weights.pth", "there is no nothing.py beside this script"),
