@@ -1,4 +1,5 @@
-"""The contract that all model files keep: recipes, sizes, training, evaluation, export, and that a file works alone.
+"""The contract that all model files keep: recipes, sizes, training, evaluation, export, other people's files, and that a
+file works alone.
 
     python -m pytest tests/test_models.py
 """
