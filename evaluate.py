@@ -138,7 +138,7 @@ def predict(model, views, num_classes, recipe, device, batch=8, view_batch=16, w
             if what and rank == 0:
                 data.progress(what, done, len(mine), started)
     except OSError as error:
-        problems[rank] = str(error)
+        problems[rank] = str(error.with_traceback(None))  # whose frames would keep the loader's workers alive
     model.train(was_training)
     if world > 1:
         dist.all_gather_object(problems, problems[rank])  # what one process has met, all have to know

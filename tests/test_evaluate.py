@@ -11,6 +11,7 @@ import functools
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import pickle
@@ -513,6 +514,7 @@ def test_a_broken_video_is_named_by_its_list_line(lab):
         videos = video_list(lab, lab.recipe, evaluate.make_protocol(lab.recipe), "broken")
         with pytest.raises(OSError, match=r"broken\.txt:4: .*val/none/img_\d+\.jpg: No such file"):
             evaluate.predict(lab.model, videos, 10, lab.recipe, CPU, workers=workers, batch=1)
+        assert not multiprocessing.active_children()  # the loader's workers end at once
 
 
 # Several processes.
