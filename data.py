@@ -263,7 +263,7 @@ def normalise(clips, mean, std, channels_last=False):
     return ((clips if channels_last else clips.contiguous()) / 255).sub_(mean).div_(std)
 
 
-def ignore_signals(_):
+def leave_process_group(_):
     """A loader's worker leaves the process group: signals to all of it, such as Ctrl-C, reach the main process alone,
     which finishes its step first. (Not deaf to SIGTERM: by that the main process ends its workers.)"""
     os.setpgrp()

@@ -121,7 +121,7 @@ def predict(model, views, num_classes, recipe, device, batch=8, view_batch=16, w
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = torch.utils.data.Subset(views, range(rank, len(views), world))
     loader = torch.utils.data.DataLoader(mine, batch_size=batch, num_workers=workers, collate_fn=by_size,
-                                         worker_init_fn=data.ignore_signals)
+                                         worker_init_fn=data.leave_process_group)
     scores = torch.zeros(len(views), num_classes, device=device)
     problems, done, started, was_training = [None] * world, 0, time.time(), model.training
     model.eval()

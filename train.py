@@ -355,7 +355,7 @@ def main():
         signal.signal(number, lambda number, _: stopped_by.append(number))
     drawn = functools.partial(batches, len(videos), batch, args.seed, start, total, rank, world, args.accumulate)
     loader = torch.utils.data.DataLoader(videos, batch_sampler=drawn(), num_workers=args.workers,
-                                         pin_memory=device.type == "cuda", worker_init_fn=data.ignore_signals)
+                                         pin_memory=device.type == "cuda", worker_init_fn=data.leave_process_group)
     stream, wanted = iter(loader), drawn()
     bad_step = torch.tensor(total, device=device)  # the first step whose gradient was not finite
     loss_sum = torch.zeros((), device=device)
@@ -366,7 +366,7 @@ def main():
         try:
             parts = [next(stream) for _ in range(args.accumulate)]
         except OSError as error:
-            problem = str(error)
+            problem = str(error.with_traceback(None))  # whose frames would keep the loader's workers alive
         waited += time.time() - asked
         events = torch.tensor([len(problem) > 0, stopped_by[-1]], dtype=torch.int)
         all_reduce(events, dist.ReduceOp.MAX)  # all processes leave together, or none

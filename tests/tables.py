@@ -14,7 +14,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 REPORT = {"slowfast_8x8": ("59.89", "61.52", "63.52")}  # one clip, dense, multi-scale
-ENSEMBLES = {0: ("SlowFast variants", "66.71 (test 59.80)"), 1: ("with the image models", "67.22 (test 60.77)")}
+ENSEMBLES = [("SlowFast variants", "66.71 (test 59.80)"), ("with the image models", "67.22 (test 60.77)")]
 
 
 def read_meta(path):
@@ -61,8 +61,8 @@ def main(paths):
                 ["", "one clip", "report", "dense", "report", "multi-scale", "report"], sorted(video, reverse=True))
     ensembles = sorted((meta for meta in metas if meta["model"] == "ensemble"), key=lambda meta: len(meta["members"]))
     print_table("Ensembles", ["", "members", "mAP", "the report"],
-                [[ENSEMBLES[min(i, 1)][0], str(len(meta["members"])), percent(meta["map"]), ENSEMBLES[min(i, 1)][1]]
-                 for i, meta in enumerate(ensembles)])
+                [[name, str(len(meta["members"])), percent(meta["map"]), published]
+                 for meta, (name, published) in zip(ensembles, ENSEMBLES)])
 
 
 if __name__ == "__main__":

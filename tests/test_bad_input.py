@@ -239,12 +239,8 @@ COMMANDS = {
 def test_one_line_and_nothing_left_behind(folder, capsys, command, flags, says):
     before = tree(folder)
     words = [word.replace("+", " ") for word in flags.split()]  # a + is a space in a name
-    if command.startswith("train") and "--model" not in words:
-        words = ["--model", "tsn", *words]
     if command == "train":
-        words = ["--recipe", "toy"] * ("--recipe" not in words) + ["--epochs", "1"] * ("--epochs" not in words) + [
-            "--batch", "8"] * ("--batch" not in words) + ["--workers", "0"] * ("--workers" not in words) + words
-        words += ["--out", "new"] * ("--out" not in words)
+        words = [*TRAIN.split(), "--out", "new", *words]  # of a flag given twice the second counts
     assert call(*command.split(), *words) == 2
     out, err = capsys.readouterr()
     lines = err.splitlines()
@@ -254,3 +250,14 @@ def test_one_line_and_nothing_left_behind(folder, capsys, command, flags, says):
         progress = [line for line in lines if line.endswith(" s left")]
         assert len(lines) - len(progress) == ("problems" not in out), lines
     assert tree(folder) == before
+
+
+@pytest.mark.parametrize("command", [
+    "data check link+to+the+toy",
+    "evaluate --checkpoint run/best.pt --data link+to+the+toy --workers 0",
+    "evaluate --checkpoint run/best.pt --data short --workers 0",
+    "evaluate --checkpoint run/best.pt --data short --workers 2",
+    "ensemble val.npz --csv a+table.csv"])
+def test_what_only_looks_bad_works(folder, command):
+    """A link and a space in a path, 8 segments of a video of 2 frames, fewer videos than workers."""
+    assert call(*[word.replace("+", " ") for word in command.split()]) == 0
