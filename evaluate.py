@@ -352,6 +352,14 @@ def fresh_store(rank, world):
             return dist.PrefixStore(first, store)
 
 
+def end_process():
+    """Part from the other processes, all at once. Without the barrier a thread of gloo's may still hold a tensor of the
+    last exchange: to let go of it, it needs Python's lock, whose owner waits for the thread (seen in PyTorch 2.11)."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def toy_folder(rank):
     """runs/toy, drawn by rank 0 if it is not there yet."""
     folder = Path("runs", "toy")
@@ -480,8 +488,7 @@ def main():
             print(f"{videos.left_out} lines of {videos.list} left out (repeated, or no frames)")
         if rank == 0:
             print_metrics(scores, labels)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end_process()
     return status
 
 

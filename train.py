@@ -440,8 +440,7 @@ def main():
         ceiling = order_blind_ceiling(val.videos)
         say("finished already: " * (start == total) + f"best val mAP {100 * best:.2f} (epoch {epoch})"
             + (f" order-blind ceiling {100 * ceiling:.2f}" if ceiling is not None else ""))
-    if world > 1:
-        dist.destroy_process_group()
+    evaluate.end_process()
     return 0 if done == total else 128 + int(events[1])
 
 
