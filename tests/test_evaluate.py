@@ -348,6 +348,7 @@ def lab(tmp_path_factory):
     (folder / "toy" / "broken.txt").write_text("\n".join([*lines[:3], "val/none 24 1", lines[4]]))
     said = together(2, "train.py", *"--model tiny --data toy --workers 0 --lr 0.3".split(), cwd=folder)
     sys.path.insert(0, str(folder))
+    sys.modules.pop("tiny", None)  # of another test file, which has one of this name too
     tiny = importlib.import_module("tiny")
     checkpoint = evaluate.read_checkpoint(folder / "runs" / "tiny" / "best.pt")
     checkpoint["model"]["fc.weight"] *= 20
