@@ -6,10 +6,12 @@
 A turn is one call of ours and one of the reference; the table has both medians, and of the turns' ratios the median and
 the quartiles: where these are far apart the machine was busy, and no figure is worth quoting. "x its speed" is the
 reference's time over ours, "x its time" ours over the reference's. The data are drawn into a temporary folder: JPEGs of
-426x320 that take 23 kB, as real frames do, in folders and packed. The references are written out below.
+426x320 that take 23 kB, as real frames do, in folders and packed. The references are written out below. The process keeps
+the memory that it has once had (--give-back: as glibc would have it), as GPU allocators do.
 """
 import argparse
 import concurrent.futures
+import ctypes
 import functools
 import gc
 import itertools
@@ -187,6 +189,14 @@ def step_beside(run, name, goal, reference):
             reference, goal, lambda turn: ours(batch), lambda turn: theirs(batch), 3 if run.quick else 11)
 
 
+def keep_memory():
+    """For glibc's malloc: blocks above 32 MB go back to the kernel when freed, which then fills each new one with zeros,
+    page by page. Where that is slow, a step with one more tensor is timed by it and not by the step's own work."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # other systems have none
+    mallopt(-4, 0)  # M_MMAP_MAX: no blocks outside the heap
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
 def mean_ap(run):
     scores, chance = np.random.default_rng(0).random((2, 10_000, CLASSES), np.float32)
     labels = (chance < 1.96 / CLASSES).astype(np.uint8)
@@ -359,7 +369,10 @@ def main():
     parser.add_argument("--only", nargs="+", choices=every, default=every, metavar="ROW", help=f"of {' '.join(every)}")
     parser.add_argument("--quick", action="store_true", help="small and few, for a first look")
     parser.add_argument("--batch", type=int, default=32, help="clips of a training step on a GPU (%(default)s)")
+    parser.add_argument("--give-back", action="store_true", help="leave malloc as it is")
     args = parser.parse_args()
+    if not args.give_back:
+        keep_memory()
     print(time.strftime("%Y-%m-%d"), f"{CORES} cores", f"load {os.getloadavg()[0]:.1f}", f"torch {torch.__version__}",
           torch.cuda.get_device_name() if CUDA else "no GPU", " ".join(sys.argv[1:]), sep=", ")
     with tempfile.TemporaryDirectory() as folder:
