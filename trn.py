@@ -59,7 +59,7 @@ RECIPES = {
         "lr": 0.02, "clip_grad": 1.0, "warmup": 75, "nesterov": True,  # measured: larger or less damped steps kill them
         "milestones": (13,),  # the full rate nearly to the end; measured without nesterov: 91.7, a cosine 86.1 in 12
         "dropout": 0.0,  # our choice: measured, 0.2 gains nothing
-        "init": "none", "published_map": None,  # motion can be learned from nothing, and no download is needed
+        "init": "none", "published_map": None,  # from nothing, which is enough here, and no download is needed
     },
 }
 
@@ -152,18 +152,16 @@ KEYS = [
 
 
 def convert(checkpoint):
-    """What was read from a checkpoint file -> a state dict in our names.
-
-    Complete, for a strict load: ours, and the TRN files of TRN-pytorch and mmaction2. A start for the backbone alone,
-    the classifier left out: TSN files of X-Temporal, tsn-pytorch, temporal-shift-module, mmaction2, and torchvision's
-    ImageNet ResNets. ValueError for any other layout, with its first keys.
-    """
+    """What was read from a checkpoint file -> a state dict in our names. ValueError for a layout that is none of these:
+    ours and the TRN files of TRN-pytorch and mmaction2: complete, for a strict load;
+    the TSN files of X-Temporal, tsn-pytorch, temporal-shift-module and mmaction2, and torchvision's ImageNet ResNets:
+    the backbone alone, without the classifier."""
     tensors = next((checkpoint[k] for k in ("state_dict", "model") if isinstance(checkpoint.get(k), dict)), checkpoint)
     ours = {key: next((m.expand(name) for pattern, name in KEYS if (m := re.fullmatch(pattern, key))), None)
             for key in tensors}
-    unknown = [key for key, name in ours.items() if name is None]
-    if unknown or not ours:
-        raise ValueError(f"trn.py has no place for {len(unknown)} of {len(ours)} keys: {', '.join(unknown[:3])} ...")
+    rest = [key for key, name in ours.items() if name is None]
+    if rest or not ours:
+        raise ValueError(f"{__name__}.py has no place for {len(rest)} of {len(ours)} keys: {', '.join(rest[:3])} ...")
     state = {ours[key]: tensor for key, tensor in tensors.items()}
     if not any(key.startswith("relations.") for key in state):  # of another network, whose classifier is no frame layer
         state = {key: tensor for key, tensor in state.items() if not key.startswith("frame.")}
