@@ -285,11 +285,10 @@ def convert(checkpoint):
             else "pathways of two depths, as mmaction2's r101-r50"
             if res4 and "fast.conv1.weight" in state and "fast" + res4[1] not in state else None)
         if refused:
-            raise ValueError(f"slowfast.py does not read {refused}: {key}")
-    unknown = [key for key, name in ours.items() if name is None]
-    if unknown or not ours:
-        first = ", ".join(unknown[:3])
-        raise ValueError(f"slowfast.py has no place for {len(unknown)} of {len(ours)} keys: {first} ...")
+            raise ValueError(f"{__name__}.py does not read {refused}: {key}")
+    rest = [key for key, name in ours.items() if name is None]
+    if rest or not ours:
+        raise ValueError(f"{__name__}.py has no place for {len(rest)} of {len(ours)} keys: {', '.join(rest[:3])} ...")
     if any(name == "slow.conv1.weight" and x.shape[2] > 1 for name, x in state.items()):  # others' lone fast pathway
         state = {re.sub("^slow", "fast", name): x for name, x in state.items()}
     if "fc.weight" in state and any("backbone.fast_path" in key for key in tensors):  # mmaction2 sees fast, then slow
