@@ -6,8 +6,8 @@
 A turn is one call of ours and one of the reference; the table has both medians, and of the turns' ratios the median and
 the quartiles: where these are far apart the machine was busy, and no figure is worth quoting. "x its speed" is the
 reference's time over ours, "x its time" ours over the reference's. The data are drawn into a temporary folder: JPEGs of
-426x320 that take 23 kB, as real frames do, in folders and packed. The references are written out below. The process keeps
-the memory that it has once had (--give-back: as glibc would have it), as GPU allocators do.
+426x320 that take 23 kB, as real frames do, in folders and packed. The references are written out below. The process
+keeps the memory that it has once had, as GPU allocators do (--give-back: as glibc would have it).
 """
 import argparse
 import concurrent.futures
@@ -45,6 +45,14 @@ IMAGE, VIDEO = tsm.RECIPES["r50_8f"], {**slowfast.RECIPES["r101_8x8"], "depth": 
 DRAFT = {**VIDEO, "draft": True}
 MODELS = {"tsn": (tsn, {**tsn.RECIPES["r101_5f"], "backbone": "resnet50", "frames": 8}), "slowfast": (slowfast, VIDEO),
           "trn": (trn, trn.RECIPES["r50_8f"]), "tsm": (tsm, IMAGE), "tin": (tin, tin.RECIPES["r50_8f"])}
+
+
+def keep_memory():
+    """For glibc's malloc: blocks above 32 MB go back to the kernel when freed, which then fills each new one with
+    zeros, page by page. Where that is slow, a step with one more tensor is timed by it and not by its own work."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # other systems have none
+    mallopt(-4, 0)  # M_MMAP_MAX: no blocks outside the heap
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 def compare(run, work, reference, goal, ours, theirs, turns, threads=THREADS):
@@ -187,14 +195,6 @@ def step_beside(run, name, goal, reference):
     ours, theirs = training_step(module.build(recipe, CLASSES), recipe), training_step(other, recipe, forward)
     compare(run, f"{name} R50 training step, {len(batch[0])} x {recipe['frames']} x {recipe['crop']}, CPU float32",
             reference, goal, lambda turn: ours(batch), lambda turn: theirs(batch), 3 if run.quick else 11)
-
-
-def keep_memory():
-    """For glibc's malloc: blocks above 32 MB go back to the kernel when freed, which then fills each new one with zeros,
-    page by page. Where that is slow, a step with one more tensor is timed by it and not by the step's own work."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # other systems have none
-    mallopt(-4, 0)  # M_MMAP_MAX: no blocks outside the heap
-    mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 def mean_ap(run):
@@ -369,7 +369,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=every, default=every, metavar="ROW", help=f"of {' '.join(every)}")
     parser.add_argument("--quick", action="store_true", help="small and few, for a first look")
     parser.add_argument("--batch", type=int, default=32, help="clips of a training step on a GPU (%(default)s)")
-    parser.add_argument("--give-back", action="store_true", help="leave malloc as it is")
+    parser.add_argument("--give-back", action="store_true", help="let freed memory go back to the system")
     args = parser.parse_args()
     if not args.give_back:
         keep_memory()

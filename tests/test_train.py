@@ -807,7 +807,6 @@ def test_a_run_as_a_newcomer_starts_it(house, tmp_path):
     assert list(last["model"])[0] == "conv.weight"
     sys.path.insert(0, str(house))
     sys.modules.pop("tiny", None)  # another test file has one of this name
-    sys.modules.pop("tiny", None)  # of another test file, which has one of this name too
     recipe = importlib.import_module("tiny").RECIPES["six_epochs"]
     sys.path.remove(str(house))
     assert list(last["config"]) == ["model", "recipe", "seed", "categories", "mean", "std"]
