@@ -1,11 +1,15 @@
-"""What several test files need: the scripts on the path, one thread, and the golden figures of the original authors.
+"""What several test files need: the scripts on the path, one thread, a second process for half of the tests, and the
+golden figures of the original authors.
 
 tests/golden/*.npz hold what the authors' own code answered, but no weights: every tensor of their checkpoint is redrawn
 from (seed, its name, its shape), so that a file in their own layout can be made on any machine.
 """
 import json
 import os
+import subprocess
 import sys
+import tempfile
+import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +25,64 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
+BESIDE = {"test_train.py", "test_repo.py", "test_figures.py"}  # half of the time, and most of it is waiting for scripts
+REPORTS = os.environ.pop("TESTS_BESIDE", None)  # in the second process: the file for its reports, each a line of JSON
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "torture: many kills of a training run; TORTURE=1 runs them")
+
+
+@pytest.hookimpl(trylast=True)  # after -k has chosen
+def pytest_collection_modifyitems(config, items):
+    """Where tests of both kinds are asked for, a second pytest with the same arguments runs those of BESIDE. This one
+    takes them last, and says what the second found."""
+    beside = [item for item in items if item.path.name in BESIDE]
+    if REPORTS:
+        items[:], config.reports = beside, open(REPORTS, "w")
+    elif 0 < len(beside) < len(items) and not config.option.collectonly and not config.option.usepdb:
+        items.sort(key=lambda item: item.path.name in BESIDE)
+        folder = tempfile.TemporaryDirectory()
+        reports, output = (Path(folder.name, name) for name in ("reports", "output"))
+        reports.touch()
+        command = [sys.executable, "-m", "pytest", *config.invocation_params.args, "-o", f"cache_dir={folder.name}/cache"]
+        process = subprocess.Popen(command, env={**os.environ, "TESTS_BESIDE": reports}, stderr=subprocess.STDOUT,
+                                   stdout=open(output, "w"), cwd=config.invocation_params.dir)
+        config.beside = SimpleNamespace(process=process, reports=open(reports), output=output)
+        for last in (folder.cleanup, process.wait, process.terminate):  # called in reverse
+            config.add_cleanup(last)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item):
+    """The second process hands its reports over."""
+    report = yield
+    if REPORTS:
+        line = item.config.hook.pytest_report_to_serializable(config=item.config, report=report)
+        print(json.dumps(line), file=item.config.reports, flush=True)
+    return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item):
+    """A test that the second process runs: wait for its reports, and log them as this one's."""
+    beside = getattr(item.config, "beside", None)
+    if beside is None or item.path.name not in BESIDE:
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    report, line = None, ""
+    while report is None or report.when != "teardown":
+        ended, line = beside.process.poll() is not None, line + beside.reports.readline()
+        if line.endswith("\n"):
+            report, line = item.config.hook.pytest_report_from_serializable(config=item.config, data=json.loads(line)), ""
+            assert report.nodeid == item.nodeid, "the two processes have other tests: choose them one file at a time"
+            item.ihook.pytest_runtest_logreport(report=report)
+        elif ended:
+            raise RuntimeError(f"the process beside ended before {item.nodeid}:\n{beside.output.read_text()[-3000:]}")
+        else:
+            time.sleep(0.05)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
 
 
 def drawn_tensors(shapes, seed):
