@@ -11,7 +11,6 @@ video is scored by exactly one process. N videos, K classes, B clips, T frames, 
 import argparse
 import codecs
 import contextlib
-import datetime
 import functools
 import importlib
 import inspect
@@ -23,7 +22,6 @@ import re
 import shutil
 import sys
 import time
-import uuid
 import zlib
 from pathlib import Path
 
@@ -45,11 +43,10 @@ def average_precision(scores, labels):
         raise ValueError(f"scores {scores.shape} and labels {labels.shape} must both be (videos, classes)")
     if np.isnan(scores).any() or not np.array_equal(labels, labels.astype(bool)):
         raise ValueError("a score is not a number" if np.isnan(scores).any() else "labels must be 0 or 1")
-    labels = labels.astype(bool)
     rows, columns = np.nonzero(labels)
     ahead = scores[rows] >= scores[rows, columns][:, None]  # (labels of all videos, K)
-    precision = (ahead & labels[rows]).sum(1) / ahead.sum(1)
-    return np.bincount(rows, precision, len(scores)) / np.maximum(labels.sum(1), 1)
+    precision = (ahead & labels[rows].astype(bool)).sum(1) / ahead.sum(1)
+    return np.bincount(rows, precision, len(scores)) / np.maximum(np.count_nonzero(labels, axis=1), 1)
 
 
 def sample_map(scores, labels):
@@ -100,13 +97,13 @@ def test_views(read, num_frames, name, recipe, protocol):
 
 
 def by_size(items):
-    """[(row, test_views), ...] of some videos -> (their number, [[clips (V, T, H, W, 3), rows (V,), weights (V,)], ...
-    by size]). Few tensors: each that a loader's worker sends takes a file handle, and many systems give it 1,024."""
+    """[(row, test_views), ...] of some videos -> [[clips (V, T, H, W, 3), rows (V,), weights (V,)], ...], by size.
+    Few tensors: each that a loader's worker sends takes a file handle, and many systems give it 1,024."""
     groups = {}
     for row, views in items:
         for clip, weight in views:
             groups.setdefault(clip.shape, []).append((clip, row, weight))
-    return len(items), [torch.utils.data.default_collate(group) for group in groups.values()]
+    return [torch.utils.data.default_collate(group) for group in groups.values()]
 
 
 @torch.no_grad()
@@ -123,10 +120,10 @@ def predict(model, views, num_classes, recipe, device, batch=8, view_batch=16, w
     loader = torch.utils.data.DataLoader(mine, batch_size=batch, num_workers=workers, collate_fn=by_size,
                                          worker_init_fn=data.leave_process_group)
     scores = torch.zeros(len(views), num_classes, device=device)
-    problems, done, started, was_training = [None] * world, 0, time.time(), model.training
+    problem, started, was_training = "", time.time(), model.training
     model.eval()
     try:
-        for videos, groups in loader:
+        for step, groups in enumerate(loader, 1):
             for clips, rows, weights in groups:
                 for some in torch.arange(len(clips)).split(view_batch):
                     with autocast or contextlib.nullcontext():
@@ -134,25 +131,29 @@ def predict(model, views, num_classes, recipe, device, batch=8, view_batch=16, w
                     values = values.float()  # the sigmoid of half precision has few values near 1: they would tie
                     values = values if average == "logit" else values.sigmoid()
                     scores.index_add_(0, rows[some].to(device), values * weights[some, None].to(values))
-            done += videos
             if what and rank == 0:
-                data.progress(what, done, len(mine), started)
+                data.progress(what, min(step * batch, len(mine)), len(mine), started)
     except OSError as error:
-        problems[rank] = str(error.with_traceback(None))  # whose frames would keep the loader's workers alive
+        problem = str(error.with_traceback(None))  # whose frames would keep the loader's workers alive
     model.train(was_training)
+    raise_together(problem)
     if world > 1:
-        dist.all_gather_object(problems, problems[rank])  # what one process has met, all have to know
         dist.all_reduce(scores)  # exact: but for the process that scored it, a row is zero everywhere
-    for problem in filter(None, problems):
-        raise OSError(problem)
     return (scores.sigmoid() if average == "logit" else scores).cpu().numpy()
+
+
+def raise_together(problem):
+    """An OSError in every process if one of them has a problem, a text; else nothing."""
+    problems = [problem] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(problems, problem)
+    if any(problems):
+        raise OSError(max(problems))
 
 
 def multi_hot(videos, num_classes):
     """[Video, ...] -> uint8 (N, K), or None if no video of the list has a label, as in a test list."""
-    labels = np.zeros((len(videos), num_classes), np.uint8)
-    for row, video in enumerate(videos):
-        labels[row, video.labels] = 1
+    labels = np.array([np.bincount(video.labels, minlength=num_classes) for video in videos], np.uint8)
     return labels if labels.any() else None
 
 
@@ -282,21 +283,21 @@ def open_recipe(name, row=None):
     return module, rows[row], {key: note for code, _, note in lines if note for key in re.findall(r'(\w+)"?[=:]', code)}
 
 
-def add_recipe_flags(parser, recipe, notes):
-    """A flag for every key of the recipe; one that is not given leaves no trace."""
+def add_recipe_flags(parser, recipe, notes={}):
+    """A flag for every key of the recipe; notes: {key: help}. A flag that is not given leaves no trace."""
     choices = {"sampling": ["segments", "clip"], "augment": ["multiscale", "jitter"], "crops": ["1", "3", "random"],
                "loss": ["bce", "lsep", "warp", "ce"], "class_weight": ["none", "sqrt", "ratio"],
                "schedule": ["step", "cosine"]}
     group = parser.add_argument_group("the recipe's values")
     for key, value in recipe.items():
-        kind = {"type": int if value is None else type(value)}
-        if key in choices:
-            kind = {"choices": choices[key]}
-        elif isinstance(value, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(value, (list, tuple)):
-            kind = {"type": type(value[0]), "nargs": "+" if key in ("scales", "milestones") else len(value)}
-        group.add_argument(f"--{key.replace('_', '-')}", default=argparse.SUPPRESS, **kind,
+        several = isinstance(value, (list, tuple))
+        kind = str if key in choices else int if value is None else type(value[0] if several else value)
+        how = {"type": kind, "choices": choices.get(key)}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif several:
+            how["nargs"] = "+" if key in ("scales", "milestones") else len(value)
+        group.add_argument(f"--{key.replace('_', '-')}", default=argparse.SUPPRESS, **how,
                            help=f"{notes.get(key, '')} [{value}]".replace("%", "%%"))
 
 
@@ -338,18 +339,16 @@ def fresh_store(rank, world):
     After an elastic restart the store still holds what the dead ones wrote, such as their addresses. So the first
     process draws a name, and answers only to those that show it a name of their own: both are new."""
     store, _, _ = next(dist.rendezvous("env://"))
-    own = uuid.uuid4().hex
+    first = own = os.urandom(16).hex()
     if rank == 0:
         store.set("first", own)
         for other in range(1, world):
             store.set(store.get(f"{own}/{other}").decode(), "")  # waits for the other
-        return dist.PrefixStore(own, store)
-    while True:
+    while rank and not store.check([own]):
         first = store.get("first").decode()  # perhaps still a dead one's
         store.set(f"{first}/{rank}", own)
-        with contextlib.suppress(dist.DistStoreError):
-            store.wait([own], datetime.timedelta(seconds=1))
-            return dist.PrefixStore(first, store)
+        time.sleep(0.05)
+    return dist.PrefixStore(first, store)
 
 
 def end_process():
@@ -422,26 +421,25 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         epilog="Every recipe value is a flag too, such as --clips 10 --crops random --scales 128 144;\n"
                "python train.py --model NAME --print-recipe shows them all, with their sources.")
-    parser.add_argument("--checkpoint", metavar="FILE", help="of train.py; it holds its model, recipe and categories")
-    parser.add_argument("--model", metavar="NAME", help="with --weights: a model file beside this script, such as tin")
-    parser.add_argument("--weights", metavar="FILE", help="other people's weights, read by the model file's convert")
-    parser.add_argument("--recipe", metavar="ROW", help="with --weights: a row of the model's RECIPES (its first)")
-    parser.add_argument("--data", metavar="DATA", help="a data folder (the toy, runs/toy)")
-    parser.add_argument("--split", default="val", help="which of its lists (%(default)s)")
-    parser.add_argument("--protocol", choices=["clip", "dense", "multiscale"], help="one view (the default), clips x "
-                        "crops, or these at all scales (the default with --clips, --crops or --scales)")
-    parser.add_argument("--average", default="prob", choices=["prob", "logit"],
-                        help="what is averaged over a video's views (%(default)s)")
-    parser.add_argument("--out", metavar="FILE.npz", help="write paths, scores and labels there, for ensemble.py")
-    parser.add_argument("--batch", type=int, default=argparse.SUPPRESS,
-                        help="videos loaded at once (so many that they have VIEW_BATCH views, or 1)")
-    parser.add_argument("--view-batch", type=int, default=16, help="views in one forward pass (%(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes per process, 0: none (%(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, ... (cuda if there is one)")
-    parser.add_argument("--video", nargs="+", metavar="FILE", help="label these video files instead of a list")
-    parser.add_argument("--top", type=int, default=5, help="labels per video (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print the labels as JSON")
-    parser.add_argument("--picture", metavar="OUT.png", help="draw the frames that the model saw and a bar per label")
+    add = parser.add_argument
+    add("--checkpoint", metavar="FILE", help="of train.py; it holds its model, recipe and categories")
+    add("--model", metavar="NAME", help="with --weights: a model file beside this script, such as tin")
+    add("--weights", metavar="FILE", help="other people's weights, read by the model file's convert")
+    add("--recipe", metavar="ROW", help="with --weights: a row of the model's RECIPES (its first)")
+    add("--data", metavar="DATA", help="a data folder (the toy, runs/toy)")
+    add("--split", default="val", help="which of its lists (%(default)s)")
+    add("--protocol", choices=["clip", "dense", "multiscale"], help="one view (the default), clips x crops, or these "
+        "at all scales (the default with --clips, --crops or --scales)")
+    add("--average", default="prob", choices=["prob", "logit"], help="averaged over a video's views (%(default)s)")
+    add("--out", metavar="FILE.npz", help="write paths, scores and labels there, for ensemble.py")
+    add("--batch", type=int, default=argparse.SUPPRESS, help="videos loaded at once (VIEW_BATCH / views, at least 1)")
+    add("--view-batch", type=int, default=16, help="views in one forward pass (%(default)s)")
+    add("--workers", type=int, default=2, help="loader processes per process, 0: none (%(default)s)")
+    add("--device", help="cpu, cuda, ... (cuda if there is one)")
+    add("--video", nargs="+", metavar="FILE", help="label these video files instead of a list")
+    add("--top", type=int, default=5, help="labels per video (%(default)s)")
+    add("--json", action="store_true", help="print the labels as JSON")
+    add("--picture", metavar="OUT.png", help="draw the frames that the model saw and a bar per label")
     args, rest = parser.parse_known_args()
     if not args.checkpoint and not (args.model and args.weights):
         parser.error("which network? --checkpoint FILE, or --model NAME --weights FILE")
@@ -452,7 +450,7 @@ def main():
         raise ValueError(f"{path}: not one of our checkpoints; others': --model NAME --weights {path}")
     module, row, _ = open_recipe(config["model"], args.recipe)
     recipe, flags = {**row, **config["recipe"]}, argparse.ArgumentParser(allow_abbrev=False)
-    add_recipe_flags(flags, recipe, {})
+    add_recipe_flags(flags, recipe)
     given = vars(flags.parse_args(rest))
     recipe = {**recipe, **given}
     check_recipe({**recipe, **vars(args)})

@@ -145,17 +145,7 @@ def save(path, checkpoint):
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         part.unlink(missing_ok=True)
         problem = f"{path}: could not be written ({str(error).splitlines()[0]}); the one before is whole"
-    raise_together(problem)
-
-
-def raise_together(problem):
-    """An OSError in every process if one of them has a problem, a text; else nothing."""
-    problems = [problem]
-    if dist.is_initialized():
-        problems *= dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    if any(problems):
-        raise OSError(next(filter(None, problems)))
+    evaluate.raise_together(problem)
 
 
 def start_from(module, model, recipe):
@@ -371,7 +361,7 @@ def main():
         events = torch.tensor([len(problem) > 0, stopped_by[-1]], dtype=torch.int)
         all_reduce(events, dist.ReduceOp.MAX)  # all processes leave together, or none
         if events.any():
-            raise_together(problem)
+            evaluate.raise_together(problem)
             write("last.pt")
             say(f"stopped after step {done} of {total}; the same command with --resume goes on from {last}")
             break
