@@ -430,7 +430,7 @@ def main():
     add("--split", default="val", help="which of its lists (%(default)s)")
     add("--protocol", choices=["clip", "dense", "multiscale"], help="one view (the default), clips x crops, or these "
         "at all scales (the default with --clips, --crops or --scales)")
-    add("--average", default="prob", choices=["prob", "logit"], help="averaged over a video's views (%(default)s)")
+    add("--average", default="prob", choices=["prob", "logit"], help="what is averaged over the views (%(default)s)")
     add("--out", metavar="FILE.npz", help="write paths, scores and labels there, for ensemble.py")
     add("--batch", type=int, default=argparse.SUPPRESS, help="videos loaded at once (VIEW_BATCH / views, at least 1)")
     add("--view-batch", type=int, default=16, help="views in one forward pass (%(default)s)")
