@@ -1,19 +1,25 @@
-"""TRN, the Temporal Relation Network: a 2D network sees every frame by itself, then small networks look at ordered
-tuples of frames, one network for the pairs, one for the triples and so on; what they say of the classes is added up.
+"""TRN, the Temporal Relation Network: small networks look at ordered tuples of a video's frames.
 
-Report: arXiv 2003.05837, section on TRN: tried without success, no figure. Paper: Zhou, Andonian, Oliva and Torralba,
-"Temporal Relational Reasoning in Videos", arXiv 1711.08496.
+A 2D network sees every frame by itself. Then one small network looks at pairs of frames, another
+one at triples, and so on. Their logits are added up.
 
-    the tuples of four frames a b c d, scale by scale; frames keep their order, and a scale has one network for all:
+Report: arXiv 2003.05837, section 1.2: "it doesn't work well in our attempt", without a figure.
+Paper: Zhou, Andonian, Oliva and Torralba, "Temporal Relational Reasoning in Videos",
+arXiv 1711.08496.
+
+    The tuples of four frames a b c d, scale by scale. Frames keep their order, and all tuples of a
+    scale are seen by the same small network.
 
     scale 4       abcd
     scale 3       abc        abd        acd        bcd
     scale 2       ab         ac         ad         bc         bd         cd
 
-Training draws at most 3 tuples of a scale for every step and adds up what the network of that scale says of each. In
-evaluation all tuples count, scaled down to as many terms: the exact mean over every draw, so nothing is random.
+In training, every step draws at most 3 tuples of each scale and adds up their logits. Evaluation
+takes the mean over all tuples of a scale, times the number that training draws. This is the exact
+mean over all possible draws, so evaluation is not random.
 
-B clips, T frames, H height, W width, K classes, D features per frame, k the scale, R_k tuples, n_k = min(3, R_k) terms.
+B clips, T frames, H height, W width, K classes, D features per frame, k the scale, which is the
+number of frames in a tuple, R_k tuples of scale k, n_k = min(3, R_k) of them drawn in training.
 """
 import itertools
 import re
@@ -22,148 +28,249 @@ import torch
 import torch.nn as nn
 import torchvision
 
-REPORT = dict(
-    frames=8,  # T; our choice: both public codes' default, the report is silent
-    sampling="segments", stride=1,  # a frame from each of T equal parts; report: "evenly select" (stride is for "clip")
-    backbone="resnet50",  # or resnet18, resnet101; our choice: mmaction2's, the report is silent
-    multiscale=True,  # all scales T ... 2, or T alone; our choice: as most public weights, the report is silent
-    dropout=0.5,  # before the frame layer; report (both public codes: 0.8)
-    augment="multiscale",  # report: "spatial jittering", TSN's crops of 1, .875, .75 and .66 of the short side
-    crop=224, jitter=(256, 320), flip=True,  # pixels; half of the clips mirrored; report (jitter: for augment "jitter")
-    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),  # RGB in 0..1; our choice: ImageNet's, as the weights' are
-    loss="bce", loss_scale=160.0,  # mean binary cross-entropy, times 160; report: "a huge performance gain"
-    class_weight="none",  # none, sqrt or ratio; report: the other two gained slightly and were not used
-    batch=64, reference_batch=64,  # clips a step, and those lr is meant for; our choice: TSM's authors, for lr 0.01
-    lr=0.01,  # at reference_batch, otherwise in proportion; report
-    schedule="step", milestones=(10, 20), epochs=30,  # lr / 10, twice; report: "divided by 10, 20 epochs"; 30 is ours
-    warmup=0,  # steps at reference_batch; our choice: clip_grad already tames the first steps
-    momentum=0.9, nesterov=False, weight_decay=5e-4,  # report, which names no Nesterov; decay of every parameter
-    clip_grad=20.0, sync_bn=False,  # largest gradient norm, 0: off; BN over all GPUs; our choice: the authors' code
-    init="imagenet",  # torchvision's weights; our choice: the report starts from Kinetics-600, for which --init FILE is
-    test_resize=256, test_crop=224,  # pixels, short side and centre crop of the one view; report: 224, peers: 256
-    clips=5, crops=3, scales=(256,),  # the fuller protocols: per video, per clip, sides in pixels; report
-    published_map=None,  # percent; report: "doesn't work well in our attempt", no figure
-)
-RECIPES = {
-    "r50_8f": REPORT,
-    "toy": {
-        **REPORT, "backbone": "resnet18",  # as the other models here
-        "init": "none", "published_map": None,  # from nothing: enough here, and no download
-        "crop": 32, "augment": "jitter", "jitter": (36, 36),  # TSN's own smaller crops would cut off what moves
-        "test_resize": 36, "test_crop": 32, "scales": (32,),  # of 40x36; at 36 the last map is 2x2, not 1x1: mAP falls
-        "flip": False,  # a mirrored video moves the other way: the flip would swap two labels
-        "loss_scale": 10 / 1.7,  # classes / labels per video: what 160 is to 313 classes with 1.96 labels
-        "batch": 16, "reference_batch": 16, "epochs": 18,  # minutes on a laptop; measured: 92 to 93, two seeds
-        # What is negative in every frame is lost at the first ReLU: of the 256 frame features REPORT's lr and clip_grad
-        # leave 2 % after 40 steps, these a sixth or more after 240. With 4 % left some reversals stayed unlearned.
-        "lr": 0.02, "clip_grad": 1.0, "warmup": 75, "nesterov": True,  # measured: larger or less damped steps kill them
-        "milestones": (17,),  # the full rate nearly to the end; measured without nesterov: 91.7, a cosine 86.1 in 12
-        "dropout": 0.0,  # our choice: measured, 0.2 gains nothing
-    },
-}
-
 
 class Relation(nn.Module):
-    """The network of one scale: frame features f (B, T, 256) -> what this scale adds to the logits, (B, K).
+    """The network of one scale: frame features f (B, T, 256) -> its part of the logits, (B, K).
 
-    A tuple's k vectors are concatenated in time order; ReLU, linear, ReLU, linear. tuples (n, k) are frame indices;
-    None is all R_k of them in evaluation, and in training n_k, drawn from PyTorch's CPU generator. Their mean counts
-    n_k times: for n_k tuples this is the sum, as in both public codes, and for all of them that sum's expected value.
+    The k feature vectors of a tuple are concatenated in time order; then ReLU, linear, ReLU,
+    linear. tuples (n, k) holds frame indices. None means tuples drawn at random in training, and
+    all tuples in evaluation.
     """
 
     def __init__(self, frames, scale, hidden, num_classes):
         super().__init__()
-        self.scale = scale
+        self.scale = scale  # k
         self.hidden = nn.Linear(256 * scale, hidden)
         self.fc = nn.Linear(hidden, num_classes)
-        tuples = torch.tensor(list(itertools.combinations(range(frames), scale)))  # (R_k, k), in lexicographic order
-        self.register_buffer("tuples", tuples, persistent=False)
-        self.terms = min(3, len(tuples))  # n_k
+
+        # all increasing tuples of k frame indices; a buffer, so that model.to() moves them too
+        tuples = torch.tensor(list(itertools.combinations(range(frames), scale)))
+        self.register_buffer("tuples", tuples, persistent=False)  # (R_k, k)
+        self.terms = min(3, len(tuples))  # n_k; 3 as in both public codes
 
     def forward(self, f, tuples=None):
+        # Training draws n_k of all tuples without replacement, the same for the whole batch.
+        # randperm uses PyTorch's CPU generator, on a GPU too.
         if tuples is None:
             tuples = self.tuples
-            if self.training:  # without replacement, the same for the whole batch
-                tuples = tuples[torch.randperm(len(tuples))[:self.terms].to(tuples.device)]
-        x = torch.relu(f)[:, tuples].flatten(2)  # (B, n, k*256): frame after frame
-        hidden = torch.relu(self.hidden(x))  # (B, n, h)
-        return self.terms * self.fc(hidden.mean(dim=1))  # the mean first: then the last linear runs once
+            if self.training:
+                drawn = torch.randperm(len(tuples))[: self.terms]
+                tuples = tuples[drawn.to(tuples.device)]
+
+        x = torch.relu(f)  # (B, T, 256)
+        x = x[:, tuples]  # (B, n, k, 256), the frames of every tuple
+        x = x.flatten(2)  # (B, n, k*256)
+        x = torch.relu(self.hidden(x))  # (B, n, h)
+
+        # Both public codes add up the logits of n_k tuples, which is n_k times their mean. Taking
+        # the mean before the last linear layer gives the same, and the layer runs only once.
+        x = x.mean(dim=1)  # (B, h)
+        return self.terms * self.fc(x)  # (B, K)
 
 
 class TRN(nn.Module):
-    """clip (B, T, 3, H, W), normalised -> logits (B, K). backbone: resnet18, resnet50 or resnet101. A ValueError for a
-    clip of another T, and for a multiscale network of more than 10 frames."""
+    """clip (B, T, 3, H, W), normalised -> logits (B, K).
+
+    segments is T, and a clip of another T is a ValueError. backbone is resnet18, resnet50 or
+    resnet101. multiscale means all scales from T to 2, for a T of at most 10; otherwise T is the
+    only scale. dropout is a probability.
+    """
 
     def __init__(self, num_classes, segments=8, backbone="resnet50", multiscale=True, dropout=0.5):
         super().__init__()
-        if multiscale and not 2 <= segments <= 10:
-            raise ValueError(f"a multiscale TRN takes 2 to 10 frames, got {segments}: they make "
-                             f"{2 ** segments - segments - 1:,} tuples, all of which evaluation looks at")
-        self.frames = segments  # the paper's word for T
+        if multiscale and segments < 2:
+            raise ValueError(f"a multiscale TRN takes 2 to 10 frames, got {segments}: no pairs")
+        if multiscale and segments > 10:  # evaluation looks at all tuples
+            tuples = 2**segments - segments - 1
+            raise ValueError(
+                f"a multiscale TRN takes 2 to 10 frames, got {segments}: "
+                f"they make {tuples:,} tuples"
+            )
+        self.frames = segments
+
+        # the 2D network, without its own classifier
         self.backbone = torchvision.models.get_model(backbone, weights=None)
-        self.frame = nn.Linear(self.backbone.fc.in_features, 256)
+        if not isinstance(self.backbone, torchvision.models.ResNet):
+            raise ValueError(f"backbone {backbone} is not one of torchvision's ResNets")
+        features = self.backbone.fc.in_features  # D
+        self.backbone.fc = nn.Identity()
+
+        # the frame layer, where the other models have their classifier
+        self.dropout = nn.Dropout(dropout)
+        self.frame = nn.Linear(features, 256)
         nn.init.normal_(self.frame.weight, std=0.001)
         nn.init.zeros_(self.frame.bias)
-        self.backbone.fc = nn.Identity()
-        self.dropout = nn.Dropout(dropout)
-        scales, hidden = (range(segments, 1, -1), 256) if multiscale else ([segments], 512)
-        self.relations = nn.ModuleList(Relation(segments, scale, hidden, num_classes) for scale in scales)
+
+        # the scales, and the width of each relation's hidden layer; both public codes' values
+        if multiscale:
+            scales = range(segments, 1, -1)  # T, T - 1, ... 2
+            hidden = 256
+        else:
+            scales = [segments]
+            hidden = 512
+
+        # one small network per scale
+        self.relations = nn.ModuleList()
+        for scale in scales:
+            self.relations.append(Relation(segments, scale, hidden, num_classes))
 
     def features(self, clip):
         """clip (B, T, 3, H, W) -> what the relations see of each frame, (B, T, 256)."""
-        if clip.shape[1] != self.frames:
-            raise ValueError(f"the network takes clips of {self.frames} frames, got {clip.shape[1]}")
+        frames = clip.shape[1]
+        if frames != self.frames:
+            raise ValueError(f"the network takes clips of {self.frames} frames, got {frames}")
+
         x = clip.flatten(0, 1)  # (B*T, 3, H, W): to the 2D network a frame is an image
-        x = self.backbone(x).unflatten(0, (-1, self.frames))  # (B, T, D)
-        return self.frame(self.dropout(x))
+        x = self.backbone(x)  # (B*T, D)
+        x = x.unflatten(0, (-1, self.frames))  # (B, T, D)
+        x = self.dropout(x)
+        return self.frame(x)  # (B, T, 256)
 
     def forward(self, clip, tuples=None):
-        """tuples, to replay a choice: {scale: (n, scale) frame indices}, with every scale of this network."""
-        f = self.features(clip)
-        return sum(relation(f, None if tuples is None else tuples[relation.scale]) for relation in self.relations)
+        """tuples, to replay a choice: {scale: (n, scale) frame indices}, with every scale."""
+        f = self.features(clip)  # (B, T, 256)
+
+        logits = 0
+        for relation in self.relations:
+            chosen = None
+            if tuples is not None:
+                chosen = tuples[relation.scale]
+            logits = logits + relation(f, chosen)  # (B, K)
+        return logits
 
 
 def build(recipe, num_classes):
     """The network of a row of RECIPES."""
-    return TRN(num_classes, recipe["frames"], recipe["backbone"], recipe["multiscale"], recipe["dropout"])
+    return TRN(
+        num_classes,
+        segments=recipe["frames"],
+        backbone=recipe["backbone"],
+        multiscale=recipe["multiscale"],
+        dropout=recipe["dropout"],
+    )
 
 
-# Other people's keys -> ours: stem, blocks, frame layer, relations. What is the classifier to the other 2D networks is
-# the frame layer here. Whole keys, as in the other files. (.conv. and .bn. are mmaction2's.)
-BACKBONE = r"(?:module\.)?(?:(?:base_model|backbone)\.)?"
+# The report has no row for TRN; this one follows its other image models. A row holds what build()
+# needs, and what differs from the settings in data.py, evaluate.py and train.py.
+RECIPES = {
+    "r50_8f": dict(
+        frames=8,  # T; ours: the default of both public codes
+        backbone="resnet50",  # the 2D network; ours: that of mmaction2
+        multiscale=True,  # all scales from T to 2; ours: as most public weights
+        dropout=0.5,  # probability, before the frame layer; report (both public codes: 0.8)
+    ),
+    # The relations begin with a ReLU, so a frame feature that is always negative is dead: it gets
+    # no gradient. Of the 256 features, 2 % were alive after 40 steps with the report's lr and
+    # clip_grad, and at least a sixth after 240 steps with the values below. With 4 % alive, the
+    # network could not tell some videos from their reversals.
+    "toy": dict(
+        frames=8,
+        backbone="resnet18",
+        multiscale=True,
+        dropout=0.0,  # ours: 0.2 was no better
+
+        # ours: small and smooth steps, against dead features
+        lr=0.02,
+        clip_grad=1.0,  # largest gradient norm
+        warmup=75,  # steps, one epoch
+        nesterov=True,
+
+        # ours: the full rate almost to the end. mAP 92 to 93 with two seeds; it was 91.7 without
+        # nesterov, and 86.1 with a cosine over 12 epochs.
+        epochs=18,
+        schedule="step",
+        milestones=(17,),
+    ),
+}
+
+# mAP; the report has no figure: "it doesn't work well in our attempt"
+REPORTED = {"r50_8f": None}
+
+
+# ---- other people's weights: skip on first reading ----------------------------------------------
+
+# Patterns of other repositories' keys, and our names for them. A pattern must match the whole key:
+# deleting a word such as ".net" wherever it stands would also let in networks unlike this one.
+#   base_model.          TRN-pytorch, X-Temporal, tsn-pytorch, temporal-shift-module
+#   .conv. and .bn.      mmaction2, where a convolution and its batch norm are one module
+BACKBONE = r"(?:base_model\.|backbone\.)?"
 BLOCK = BACKBONE + r"(layer[1-4]\.\d+)\."
-CONSENSUS = r"(?:module\.)?(?:cls_head\.)?consensus\."
+CONSENSUS = r"(?:cls_head\.)?consensus\."
 NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 KEYS = [
+    # the ResNet's first layers
     (BACKBONE + r"conv1\.(?:conv\.)?weight", r"backbone.conv1.weight"),
     (BACKBONE + r"(?:bn1|conv1\.bn)\." + NORM, r"backbone.bn1.\1"),
+
+    # its residual blocks
     (BLOCK + r"conv([123])\.(?:conv\.)?weight", r"backbone.\1.conv\2.weight"),
-    (BLOCK + r"(?:bn([123])|conv([123])\.bn)\." + NORM, r"backbone.\1.bn\2\3.\4"),
+    (BLOCK + r"bn([123])\." + NORM, r"backbone.\1.bn\2.\3"),
+    (BLOCK + r"conv([123])\.bn\." + NORM, r"backbone.\1.bn\2.\3"),
     (BLOCK + r"downsample\.(?:0|conv)\.weight", r"backbone.\1.downsample.0.weight"),
     (BLOCK + r"downsample\.(?:1|bn)\." + NORM, r"backbone.\1.downsample.1.\2"),
-    (CONSENSUS + r"fc_fusion_scales\.(\d+)\.1\.(weight|bias)", r"relations.\1.hidden.\2"),  # 0 is scale T, 1 is T - 1
+
+    # the relations: in these files module 0 is of scale T, module 1 of scale T - 1 and so on;
+    # "classifier" is the only scale of a network that is not multiscale
+    (CONSENSUS + r"fc_fusion_scales\.(\d+)\.1\.(weight|bias)", r"relations.\1.hidden.\2"),
     (CONSENSUS + r"fc_fusion_scales\.(\d+)\.3\.(weight|bias)", r"relations.\1.fc.\2"),
-    (CONSENSUS + r"classifier\.1\.(weight|bias)", r"relations.0.hidden.\1"),  # not multiscale: scale T alone
+    (CONSENSUS + r"classifier\.1\.(weight|bias)", r"relations.0.hidden.\1"),
     (CONSENSUS + r"classifier\.3\.(weight|bias)", r"relations.0.fc.\1"),
-    (r"((?:frame|relations)\..+)", r"\1"),
-    (r"(?:module\.)?(?:fc|new_fc|base_model\.fc|cls_head\.fc_cls)\.(weight|bias)", r"frame.\1"),
+    (r"(relations\..+)", r"\1"),
+
+    # the frame layer, which has the names of another network's classifier
+    (r"(?:frame|fc|new_fc|base_model\.fc|cls_head\.fc_cls)\.(weight|bias)", r"frame.\1"),
 ]
 
 
+def our_name(key):
+    """Another repository's key -> ours. ValueError if this network has no such tensor."""
+    # DataParallel puts "module." before every key, and torch.compile puts "_orig_mod.".
+    bare_key = re.sub(r"^(module\.|_orig_mod\.)+", "", key)
+
+    for pattern, name in KEYS:
+        match = re.fullmatch(pattern, bare_key)
+        if match:
+            return match.expand(name)
+    raise ValueError(f"{__name__}.py has no place for the key {key}")
+
+
 def convert(checkpoint):
-    """What was read from a checkpoint file -> a state dict in our names. ValueError for a layout that is none of these:
-    ours and the TRN files of TRN-pytorch and mmaction2: complete, for a strict load;
-    the TSN files of X-Temporal, tsn-pytorch, temporal-shift-module and mmaction2, and torchvision's ImageNet ResNets:
-    the backbone alone, without the classifier."""
-    tensors = next((checkpoint[k] for k in ("state_dict", "model") if isinstance(checkpoint.get(k), dict)), checkpoint)
-    ours = {key: next((m.expand(name) for pattern, name in KEYS if (m := re.fullmatch(pattern, key))), None)
-            for key in tensors}
-    rest = [key for key, name in ours.items() if name is None]
-    if rest or not ours:
-        raise ValueError(f"{__name__}.py has no place for {len(rest)} of {len(ours)} keys: {', '.join(rest[:3])} ...")
-    state = {ours[key]: tensor for key, tensor in tensors.items()}
-    if not any(key.startswith("relations.") for key in state):  # of another network, whose classifier is no frame layer
-        state = {key: tensor for key, tensor in state.items() if not key.startswith("frame.")}
-    for key in [key for key in state if key.endswith("running_var")]:  # PyTorch before 0.4.1 did not count batches
-        state.setdefault(key.replace("running_var", "num_batches_tracked"), torch.tensor(0))
+    """A checkpoint of another repository, as read from its file -> a state dict in our names.
+
+    - ours, and the TRN files of TRN-pytorch and mmaction2: complete
+    - the TSN files of X-Temporal, tsn-pytorch, temporal-shift-module and mmaction2: the backbone
+      alone
+    - torchvision's ImageNet ResNets: the backbone alone
+
+    A file with any other key is a ValueError.
+    """
+    # The tensors may be in a dict of their own, beside the optimiser's state and the epoch.
+    tensors = checkpoint
+    for container in ["state_dict", "model", "model_state", "model_state_dict", "net"]:
+        if isinstance(checkpoint.get(container), dict):
+            tensors = checkpoint[container]
+            break
+
+    state = {}
+    for key, tensor in tensors.items():
+        name = our_name(str(key))
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{__name__}.py needs a tensor under the key {key}")
+        state[name] = tensor
+
+    # A file without relations is another network's, and what we call the frame layer is its
+    # classifier, which is left out.
+    has_relations = any(name.startswith("relations.") for name in state)
+    if not has_relations:
+        state.pop("frame.weight", None)
+        state.pop("frame.bias", None)
+
+    if not state:
+        raise ValueError(f"{__name__}.py finds no tensors in the checkpoint")
+
+    # Files from before PyTorch 0.4.1 lack the number of batches that a batch norm has seen.
+    for name in list(state):
+        if name.endswith("running_var"):
+            count = name.replace("running_var", "num_batches_tracked")
+            state.setdefault(count, torch.tensor(0))
     return state

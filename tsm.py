@@ -1,17 +1,22 @@
-"""TSM, the Temporal Shift Module: a 2D ResNet in which a quarter of the channels slides along time by one frame, half
-of it earlier and half of it later. It sees motion for TSN's price: no weight and no multiplication is added.
+"""TSM, the Temporal Shift Module: a 2D ResNet in which some channels are shifted along time.
 
-Report: arXiv 2003.05837, Table 1. Paper: Lin, Gan and Han, "TSM: Temporal Shift Module", arXiv 1811.08383.
+One eighth of the channels moves to the frame before and one eighth to the frame after, so that
+every frame sees a part of its neighbours. Compared with TSN, the shift adds no weights and no
+multiplications.
 
-    what four frames a b c d of one channel become under an offset (what leaves is lost, what nothing reaches is 0):
+Report: arXiv 2003.05837, section 1.3 and Table 1.
+Paper: Lin, Gan and Han, "TSM: Temporal Shift Module", arXiv 1811.08383.
+
+    One channel of four frames a b c d, moved by an offset. Frames shifted past the end are
+    dropped; the gap is filled with zeros.
 
     frame         0          1          2          3
     offset  0     a          b          c          d
     offset +1     0          a          b          c          content moves later
     offset -1     b          c          d          0          content moves earlier
 
-Before the first convolution of every residual block (the shortcut keeps the frames where they are), the first C/8
-channels move by -1, the next C/8 by +1 and the others by 0.
+This happens to the input of a residual block's first convolution; the block's shortcut gets the
+frames as they were. The first C/8 channels move by -1, the next C/8 by +1 and the others by 0.
 
 B clips, T frames, C channels, H height, W width, K classes, D features per frame.
 """
@@ -21,129 +26,236 @@ import torch
 import torch.nn as nn
 import torchvision
 
-REPORT = dict(
-    frames=8, depth=50,  # T: 8 or 16, ResNet-50 or 101; report, Table 1
-    sampling="segments", stride=1,  # a frame from each of T equal parts; report: "evenly select" (stride is for "clip")
-    shift_every=1,  # n: a stage's blocks 0, n, 2n ... shift; our choice: the authors' code (TSM's own ResNet-101: 2)
-    dropout=0.5,  # before the classifier; report
-    augment="multiscale",  # report: "spatial jittering", TSN's crops of 1, .875, .75 and .66 of the short side
-    crop=224, jitter=(256, 320), flip=True,  # pixels; half of the clips mirrored; report (jitter: for augment "jitter")
-    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),  # RGB in 0..1; our choice: ImageNet's, as the weights' are
-    loss="bce", loss_scale=160.0,  # mean binary cross-entropy, times 160; report: "a huge performance gain"
-    class_weight="none",  # none, sqrt or ratio; report: the other two gained slightly and were not used
-    batch=64, reference_batch=64,  # clips a step, and those lr is meant for; our choice: TSM's authors, for lr 0.01
-    lr=0.01,  # at reference_batch, otherwise in proportion; report
-    schedule="step", milestones=(10, 20), epochs=30,  # lr / 10, twice; report: "divided by 10, 20 epochs"; 30 is ours
-    warmup=0,  # steps at reference_batch; our choice: clip_grad already tames the first steps
-    momentum=0.9, nesterov=False, weight_decay=5e-4,  # report, which names no Nesterov; decay of every parameter
-    clip_grad=20.0, sync_bn=False,  # largest gradient norm, 0: off; BN over all GPUs; our choice: the authors' code
-    init="imagenet",  # torchvision's weights; our choice: the report starts from Kinetics-600, for which --init FILE is
-    test_resize=256, test_crop=224,  # pixels, short side and centre crop of the one view; report: 224, peers: 256
-    clips=5, crops=3, scales=(256,),  # the fuller protocols: per video, per clip, sides in pixels; report
-    published_map=59.85,  # percent, validation, one view; report, Table 1
-)
-RECIPES = {
-    "r50_8f": REPORT,
-    "r50_16f": {**REPORT, "frames": 16, "published_map": None},  # the figure is not in our sources
-    "r101_8f": {**REPORT, "depth": 101, "published_map": 61.06},  # report, Table 1
-    "r101_16f": {**REPORT, "depth": 101, "frames": 16, "published_map": None},  # the figure is not in our sources
-    "toy": {
-        **REPORT, "depth": 18, "init": "none", "published_map": None,  # from nothing: enough here, and no download
-        "crop": 32, "augment": "jitter", "jitter": (36, 36),  # TSN's own smaller crops would cut off what moves
-        "test_resize": 36, "test_crop": 32, "scales": (32,),  # of 40x36; at 36 the last map is 2x2, not 1x1: mAP falls
-        "flip": False,  # a mirrored video moves the other way: the flip would swap two labels
-        "loss_scale": 10 / 1.7,  # classes / labels per video: what 160 is to 313 classes with 1.96 labels
-        "batch": 16, "reference_batch": 16, "lr": 0.03, "schedule": "cosine", "epochs": 9,  # minutes on a laptop
-    },
-}
-
 
 def temporal_shift(x):
-    """x (B, T, C, H, W) -> the same shape: the first C/8 channels one frame earlier, the next C/8 one later, zeros at
-    the ends. The paper's figure has the two directions swapped; the released weights were trained with these."""
-    place = 4 if x.stride(2) == 1 else 2  # channels_last, which has the channels last in memory, stays channels_last
-    eighth = x.shape[2] // 8
-    earlier, later, kept = x.movedim(2, place).split([eighth, eighth, x.shape[2] - 2 * eighth], dim=place)
-    earlier = nn.functional.pad(earlier, (0, 0, 0, 0, 0, 0, -1, 1))  # two ends an axis, last axis first, T the fourth
+    """Move the first C/8 channels one frame earlier and the next C/8 channels one frame later.
+
+    x (B, T, C, H, W) -> the same shape and memory layout. The figure in the paper shows the two
+    directions the other way round; the released weights were trained with these.
+    """
+    # In five dimensions torch.cat writes its result in the order of the axes. So put the channels
+    # where they lie in memory, last in a channels_last tensor: the result gets the layout of x.
+    axis = 4 if x.stride(2) == 1 else 2
+    x = x.movedim(2, axis)
+
+    eighth = x.shape[axis] // 8
+    others = x.shape[axis] - 2 * eighth
+    earlier, later, kept = x.split([eighth, eighth, others], dim=axis)
+
+    # pad takes two numbers per axis, last axis first; time is the fourth axis from the end.
+    # (-1, 1) drops the first frame and adds a frame of zeros after the last.
+    earlier = nn.functional.pad(earlier, (0, 0, 0, 0, 0, 0, -1, 1))
     later = nn.functional.pad(later, (0, 0, 0, 0, 0, 0, 1, -1))
-    return torch.cat([earlier, later, kept], dim=place).movedim(place, 2)
+
+    x = torch.cat([earlier, later, kept], dim=axis)
+    return x.movedim(axis, 2)
 
 
 def residual(block, x, moved):
-    """torchvision's residual block with `moved` in place of x on its main path; the shortcut still gets x."""
-    y = block.bn2(block.conv2(block.relu(block.bn1(block.conv1(moved)))))
-    if hasattr(block, "conv3"):  # a bottleneck, of ResNet-50 and deeper
-        y = block.bn3(block.conv3(block.relu(y)))
-    return block.relu(y.add_(x if block.downsample is None else block.downsample(x)))  # in place, as torchvision does
+    """torchvision's residual block, with `moved` on the main path and x on the shortcut."""
+    y = block.conv1(moved)
+    y = block.bn1(y)
+    y = block.relu(y)
+    y = block.conv2(y)
+    y = block.bn2(y)
+    if hasattr(block, "conv3"):  # the blocks of ResNet-50 and deeper have three convolutions
+        y = block.relu(y)
+        y = block.conv3(y)
+        y = block.bn3(y)
+
+    if block.downsample is not None:  # where the block changes the map's size or channels
+        x = block.downsample(x)
+    y += x
+    return block.relu(y)
 
 
 class TSM(nn.Module):
-    """clip (B, T, 3, H, W), normalised -> logits (B, K). depth: 18, 50 or 101. A ValueError for a clip of another T."""
+    """clip (B, T, 3, H, W), normalised -> logits (B, K).
+
+    frames is T, and a clip of another T is a ValueError. depth is the ResNet's: 18, 50 or 101.
+    dropout is a probability. shift_every=n shifts in the blocks 0, n, 2n ... of every stage.
+    """
 
     def __init__(self, num_classes, frames=8, depth=50, dropout=0.5, shift_every=None):
         super().__init__()
         self.frames = frames
+
+        # the 2D network, without its own classifier
         self.backbone = torchvision.models.get_model(f"resnet{depth}", weights=None)
-        self.fc = nn.Linear(self.backbone.fc.in_features, num_classes)
+        features = self.backbone.fc.in_features  # D
+        self.backbone.fc = nn.Identity()
+
+        # the classifier
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(features, num_classes)
         nn.init.normal_(self.fc.weight, std=0.001)
         nn.init.zeros_(self.fc.bias)
-        self.backbone.fc = nn.Identity()
-        self.dropout = nn.Dropout(dropout)
-        self.shift_every = shift_every or (1 if depth <= 50 else 2)  # None: as TSM's authors' weights have it
+
+        # The default is what the weights released by TSM's authors need: a shift in every block,
+        # and in networks deeper than ResNet-50 in every second block.
+        if shift_every is not None:
+            self.shift_every = shift_every
+        elif depth <= 50:
+            self.shift_every = 1
+        else:
+            self.shift_every = 2
+        if self.shift_every < 1:
+            raise ValueError(f"shift_every is {shift_every}, but must be at least 1")
 
     def features(self, clip):
         """clip (B, T, 3, H, W) -> what the classifier sees of each frame, (B, T, D)."""
-        if clip.shape[1] != self.frames:
-            raise ValueError(f"the network takes clips of {self.frames} frames, got {clip.shape[1]}")
+        frames = clip.shape[1]
+        if frames != self.frames:
+            raise ValueError(f"the network takes clips of {self.frames} frames, got {frames}")
+
         x = clip.flatten(0, 1)  # (B*T, 3, H, W): to the 2D network a frame is an image
+
+        # the ResNet's first layers
         net = self.backbone
-        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
-        for stage in ("layer1", "layer2", "layer3", "layer4"):
+        x = net.conv1(x)
+        x = net.bn1(x)
+        x = net.relu(x)
+        x = net.maxpool(x)  # (B*T, 64, H/4, W/4)
+
+        # its four stages of residual blocks
+        for stage in ["layer1", "layer2", "layer3", "layer4"]:
             for i, block in enumerate(getattr(net, stage)):
-                moved = x if i % self.shift_every else temporal_shift(x.unflatten(0, (-1, self.frames))).flatten(0, 1)
-                x = residual(block, x, moved)  # (B*T, C, H, W)
-        return net.avgpool(x).flatten(1).unflatten(0, (-1, self.frames))  # (B, T, D)
+                moved = x
+                if i % self.shift_every == 0:
+                    moved = moved.unflatten(0, (-1, self.frames))  # (B, T, C, H, W)
+                    moved = temporal_shift(moved)
+                    moved = moved.flatten(0, 1)  # (B*T, C, H, W)
+                x = residual(block, x, moved)
+
+        x = net.avgpool(x)  # (B*T, D, 1, 1)
+        x = x.flatten(1)  # (B*T, D)
+        return x.unflatten(0, (-1, self.frames))  # (B, T, D)
 
     def forward(self, clip):
-        return self.fc(self.dropout(self.features(clip))).mean(dim=1)  # (B, T, K) -> (B, K): logits are averaged
+        x = self.features(clip)  # (B, T, D)
+        x = self.dropout(x)
+        x = self.fc(x)  # (B, T, K), the logits of every frame
+        return x.mean(dim=1)  # (B, K)
 
 
 def build(recipe, num_classes):
     """The network of a row of RECIPES."""
-    return TSM(num_classes, recipe["frames"], recipe["depth"], recipe["dropout"], recipe["shift_every"])
+    return TSM(
+        num_classes,
+        frames=recipe["frames"],
+        depth=recipe["depth"],
+        dropout=recipe["dropout"],
+        shift_every=recipe["shift_every"],
+    )
 
 
-# Other people's keys -> ours. Only whole keys: to cut out a word wherever it stands (.net, .conv) would take in other
-# networks, which have it elsewhere. (.conv. and .bn. are mmaction2's.)
-BACKBONE = r"(?:module\.)?(?:(?:base_model|backbone)\.)?"
+# The rows of the report's Table 1, and the toy. A row holds what build() needs, and what differs
+# from the settings in data.py, evaluate.py and train.py.
+RECIPES = {
+    "r50_8f": dict(
+        frames=8,  # T; report
+        depth=50,  # of the ResNet; report
+        dropout=0.5,  # probability, before the classifier; report
+        shift_every=1,  # every block shifts; ours: the code of the report's authors, at any depth
+    ),
+    "r50_16f": dict(
+        frames=16,
+        depth=50,
+        dropout=0.5,
+        shift_every=1,
+    ),
+    "r101_8f": dict(
+        frames=8,
+        depth=101,
+        dropout=0.5,
+        shift_every=1,
+    ),
+    "toy": dict(
+        frames=8,
+        depth=18,
+        dropout=0.5,
+        shift_every=1,
+    ),
+}
+
+# mAP in percent on the validation set, one view a video; report, Table 1
+REPORTED = {"r50_8f": 59.85, "r50_16f": 61.12, "r101_8f": 61.06}
+
+
+# ---- other people's weights: skip on first reading ----------------------------------------------
+
+# Patterns of other repositories' keys, and our names for them. A pattern must match the whole key:
+# deleting a word such as ".net" wherever it stands would also let in networks unlike this one.
+#   base_model.          X-Temporal, tsn-pytorch, temporal-shift-module
+#   .conv. and .bn.      mmaction2, where a convolution and its batch norm are one module
+#   .net.                the convolution that comes after a shift
+BACKBONE = r"(?:base_model\.|backbone\.)?"
 BLOCK = BACKBONE + r"(layer[1-4]\.\d+)\."
 NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 KEYS = [
+    # the ResNet's first layers
     (BACKBONE + r"conv1\.(?:conv\.)?weight", r"backbone.conv1.weight"),
     (BACKBONE + r"(?:bn1|conv1\.bn)\." + NORM, r"backbone.bn1.\1"),
-    (BLOCK + r"conv1\.(?:conv\.)?(?:net\.)?weight", r"backbone.\1.conv1.weight"),  # net: TSM's, where it shifts
+
+    # its residual blocks
+    (BLOCK + r"conv1\.(?:conv\.)?(?:net\.)?weight", r"backbone.\1.conv1.weight"),
     (BLOCK + r"conv([23])\.(?:conv\.)?weight", r"backbone.\1.conv\2.weight"),
-    (BLOCK + r"(?:bn([123])|conv([123])\.bn)\." + NORM, r"backbone.\1.bn\2\3.\4"),
+    (BLOCK + r"bn([123])\." + NORM, r"backbone.\1.bn\2.\3"),
+    (BLOCK + r"conv([123])\.bn\." + NORM, r"backbone.\1.bn\2.\3"),
     (BLOCK + r"downsample\.(?:0|conv)\.weight", r"backbone.\1.downsample.0.weight"),
     (BLOCK + r"downsample\.(?:1|bn)\." + NORM, r"backbone.\1.downsample.1.\2"),
-    (r"(?:module\.)?(?:fc|new_fc|base_model\.fc|cls_head\.fc_cls)\.(weight|bias)", r"fc.\1"),
+
+    # the classifier
+    (r"(?:fc|new_fc|base_model\.fc|cls_head\.fc_cls)\.(weight|bias)", r"fc.\1"),
 ]
 
 
+def our_name(key):
+    """Another repository's key -> ours. ValueError if this network has no such tensor."""
+    # DataParallel puts "module." before every key, and torch.compile puts "_orig_mod.".
+    bare_key = re.sub(r"^(module\.|_orig_mod\.)+", "", key)
+
+    for pattern, name in KEYS:
+        match = re.fullmatch(pattern, bare_key)
+        if match:
+            return match.expand(name)
+    raise ValueError(f"{__name__}.py has no place for the key {key}")
+
+
 def convert(checkpoint):
-    """What was read from a checkpoint file -> a state dict in our names. ValueError for a layout that is none of these:
-    ours and the TSM files of X-Temporal, temporal-shift-module and mmaction2: complete, for a strict load;
-    the TSN files of the same people and of tsn-pytorch: complete too, since the shift has no weights;
-    torchvision's ImageNet ResNets: the backbone alone."""
-    tensors = next((checkpoint[k] for k in ("state_dict", "model") if isinstance(checkpoint.get(k), dict)), checkpoint)
-    if "conv1.weight" in tensors:  # torchvision's own file: its 1,000 classes are not ours
-        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("fc.")}
-    ours = {key: next((m.expand(name) for pattern, name in KEYS if (m := re.fullmatch(pattern, key))), None)
-            for key in tensors}
-    rest = [key for key, name in ours.items() if name is None]
-    if rest or not ours:
-        raise ValueError(f"{__name__}.py has no place for {len(rest)} of {len(ours)} keys: {', '.join(rest[:3])} ...")
-    state = {ours[key]: tensor for key, tensor in tensors.items()}
-    for key in [key for key in state if key.endswith("running_var")]:  # PyTorch before 0.4.1 did not count batches
-        state.setdefault(key.replace("running_var", "num_batches_tracked"), torch.tensor(0))
+    """A checkpoint of another repository, as read from its file -> a state dict in our names.
+
+    - ours, and the TSM files of X-Temporal, temporal-shift-module and mmaction2: complete
+    - the TSN files of the same people and of tsn-pytorch: complete, as the shift has no weights
+    - torchvision's ImageNet ResNets: the backbone alone
+
+    A file with any other key is a ValueError.
+    """
+    # The tensors may be in a dict of their own, beside the optimiser's state and the epoch.
+    tensors = checkpoint
+    for container in ["state_dict", "model", "model_state", "model_state_dict", "net"]:
+        if isinstance(checkpoint.get(container), dict):
+            tensors = checkpoint[container]
+            break
+
+    # torchvision's own files have this key. Their classifier, for the 1,000 classes of ImageNet, is
+    # left out.
+    from_imagenet = "conv1.weight" in tensors
+
+    state = {}
+    for key, tensor in tensors.items():
+        name = our_name(str(key))
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{__name__}.py needs a tensor under the key {key}")
+        if from_imagenet and name.startswith("fc."):
+            continue
+        state[name] = tensor
+    if not state:
+        raise ValueError(f"{__name__}.py finds no tensors in the checkpoint")
+
+    # Files from before PyTorch 0.4.1 lack the number of batches that a batch norm has seen.
+    for name in list(state):
+        if name.endswith("running_var"):
+            count = name.replace("running_var", "num_batches_tracked")
+            state.setdefault(count, torch.tensor(0))
     return state
