@@ -1,366 +1,539 @@
-"""Clips -> probabilities -> sample-level mAP -> scores.npz; or one video -> its labels.
+"""Clips -> probabilities -> sample-level mAP -> scores.npz; or the labels of single videos.
 
-    python evaluate.py --checkpoint runs/tin/best.pt --data DATA [--split val] [--protocol dense] [--out scores.npz]
-    torchrun --nproc-per-node 8 evaluate.py ...                      the same figures, sooner
-    python evaluate.py --model slowfast --weights PUBLIC.pth ...     other people's weights, through slowfast.convert
-    python evaluate.py --checkpoint runs/tin/best.pt --video FILE ... [--top 5] [--json] [--picture out.png]
+    python evaluate.py --checkpoint runs/tin/best.pt --data DATA --protocol dense --out scores.npz
+    torchrun --nproc-per-node 8 evaluate.py ...                    the same figures, sooner
+    python evaluate.py --model slowfast --weights PUBLIC.pth ...   other people's weights
+    python evaluate.py --checkpoint runs/tin/best.pt --video FILE ... [--picture out.png]
 
-A video's views (clips in time, crops in space, scales) are scored one by one and their probabilities averaged. Each
-video is scored by exactly one process. N videos, K classes, B clips, T frames, V views, H, W pixels.
+A view is one clip of a video at one place and one scale. A video's score is the mean over the
+probabilities of its views. Each video is scored by exactly one process.
+
+N videos, K classes, B videos at once, V views of each, T frames, H height, W width.
 """
 import argparse
-import codecs
 import contextlib
 import functools
 import importlib
-import inspect
-import io
 import json
 import os
 import pickle
 import re
-import shutil
 import sys
-import time
+import tempfile
 import zlib
 from pathlib import Path
+
+# Make idle CPU threads sleep; their busy-waiting makes training on a busy laptop several times
+# slower. This must be set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 import data
 
+# How a video is scored. A model's recipe row overrides what differs.
+RECIPE = dict(
+    # protocol "clip": one view
+    test_resize=256,  # short side in pixels; ours: the authors' code
+    test_crop=224,    # side of the centre crop; report
+
+    # protocols "dense" and "multiscale"; the first scale is the one of "dense"
+    clips=5,          # clips along time; report
+    crops="3",        # per clip; "1": centre; "3": start, end and centre of the long side (the
+                      # authors' code); "random": three random places (the report's own words)
+    scales=(256,),    # short sides in pixels, and the crops' sides as well; report
+)
+
+# The recipe keys whose values are words, and the words that are allowed.
+WORDS = {
+    "sampling": ["segments", "clip"],
+    "augment": ["multiscale", "jitter"],
+    "crops": ["1", "3", "random"],
+    "loss": ["bce", "lsep", "warp", "ce"],
+    "class_weight": ["none", "sqrt", "ratio"],
+    "schedule": ["step", "cosine"],
+}
+
+
+# ---- the metric ------------------------------------------------------------------------------
 
 def average_precision(scores, labels):
-    """The average precision of each video over its classes: fractions (N,) from scores and 0/1 labels, both (N, K).
+    """Average precision of each video over its classes: fractions (N,), from scores and 0/1 labels,
+    both (N, K).
 
-    AP = mean over the video's labels u of #{labels p: score p >= score u} / #{classes c: score c >= score u}: equal
-    scores count against the label. Without labels 0, as in scikit-learn. Report: "mAP under sample level"."""
-    scores, labels = np.asarray(scores), np.asarray(labels)
-    if scores.shape != labels.shape or scores.ndim != 2:
-        raise ValueError(f"scores {scores.shape} and labels {labels.shape} must both be (videos, classes)")
-    if np.isnan(scores).any() or not np.array_equal(labels, labels.astype(bool)):
-        raise ValueError("a score is not a number" if np.isnan(scores).any() else "labels must be 0 or 1")
-    rows, columns = np.nonzero(labels)
-    ahead = scores[rows] >= scores[rows, columns][:, None]  # (labels of all videos, K)
-    precision = (ahead & labels[rows].astype(bool)).sum(1) / ahead.sum(1)
-    return np.bincount(rows, precision, len(scores)) / np.maximum(np.count_nonzero(labels, axis=1), 1)
+    AP is the mean, over the video's labels u, of
+    #{labels p: score p >= score u} / #{classes c: score c >= score u}.
+    A class with the same score counts as ranked ahead of u, so ties never help. A video without
+    labels has AP 0, as in scikit-learn. Report: "mean Average Precision under sample level".
+    """
+    scores = np.asarray(scores)
+    labels = np.asarray(labels)
+    if scores.ndim != 2 or scores.shape != labels.shape:
+        raise ValueError(f"scores {scores.shape} and labels {labels.shape} must both be (N, K)")
+    if np.isnan(scores).any():
+        raise ValueError("a score is not a number")
+    if not np.isin(labels, (0, 1)).all():
+        raise ValueError("labels must be 0 or 1")
+
+    # One row for each pair of a video and one of its labels; there are P pairs in all.
+    videos, classes = np.nonzero(labels)
+    threshold = scores[videos, classes]
+    ahead = scores[videos] >= threshold[:, None]  # (P, K)
+    hits = ahead & (labels[videos] == 1)          # (P, K)
+    precision = hits.sum(axis=1) / ahead.sum(axis=1)
+
+    # the mean over each video's pairs
+    sums = np.bincount(videos, weights=precision, minlength=len(scores))
+    counts = np.count_nonzero(labels, axis=1)
+    return sums / np.maximum(counts, 1)
 
 
 def sample_map(scores, labels):
-    """The mean of average_precision over the videos, a fraction. Report's metric."""
+    """The report's metric: the mean of average_precision over the videos, a fraction."""
     return float(average_precision(scores, labels).mean())
 
 
+def hit_rates(scores, labels):
+    """How often the likeliest class, and one of the five likeliest, is a label of the video."""
+    likeliest = np.argsort(-scores, axis=1, kind="stable")[:, :5]
+    hits = np.take_along_axis(labels, likeliest, axis=1)
+    return hits[:, 0].mean(), hits.any(axis=1).mean()
+
+
+def print_metrics(scores, labels):
+    """Print the sample-level mAP on a line of its own, last, after some supplementary figures."""
+    if labels is None:
+        print("the list has no labels: scores, but no mAP")
+        return
+    precision = average_precision(scores, labels)
+    labelled = labels.any(axis=1)
+    if not labelled.all():
+        print(f"{(~labelled).sum()} of {len(scores)} videos have no label and count as AP 0; "
+              f"mAP of the others {100 * precision[labelled].mean():.2f}")
+
+    # Another metric: the average precision of each class over the videos. It is the same function
+    # with the roles exchanged: one row, whose columns are the videos.
+    class_precision = []
+    for k in np.flatnonzero(labels.any(axis=0)):
+        class_scores = scores[:, k][None, :]  # (1, N)
+        class_labels = labels[:, k][None, :]
+        class_precision.append(average_precision(class_scores, class_labels)[0])
+    top1, top5 = hit_rates(scores[labelled], labels[labelled])
+    print(f"class-level mAP {100 * np.mean(class_precision):.2f}, "
+          f"top-1 hit rate {100 * top1:.2f}, top-5 {100 * top5:.2f}")
+    print(f"mAP {100 * precision.mean():.2f}")
+
+
+# ---- the views of a video --------------------------------------------------------------------
+
 def make_protocol(recipe, name="clip"):
-    """Which views a video is seen by: "clip", the recipe's one; "dense", its clips x crops at the first of its scales;
-    "multiscale", at all of them (report)."""
-    clips, crops, sizes = recipe["clips"], str(recipe["crops"]), [(side, side) for side in recipe["scales"]]
+    """Which views a video is seen by. "clip": one; "dense": clips x crops at the first scale;
+    "multiscale": clips x crops at every scale (report). sizes: (short side, crop), in pixels."""
     if name == "clip":
-        clips, crops, sizes = 1, "1", [(recipe["test_resize"], recipe["test_crop"])]
-    return {"name": name, "clips": clips, "crops": crops, "sizes": sizes if name == "multiscale" else sizes[:1]}
+        sizes = [(recipe["test_resize"], recipe["test_crop"])]
+        return {"name": name, "clips": 1, "crops": "1", "sizes": sizes}
+    sizes = [(side, side) for side in recipe["scales"]]
+    if name == "dense":
+        sizes = sizes[:1]
+    return {"name": name, "clips": recipe["clips"], "crops": recipe["crops"], "sizes": sizes}
+
+
+def count_views(protocol):
+    """Views of a video, over all scales."""
+    crops = 3
+    if protocol["crops"] == "1":
+        crops = 1
+    return protocol["clips"] * crops * len(protocol["sizes"])
 
 
 def crop_places(right, down, crops, rng):
-    """Where a window goes that has so much room to its right and below, [(x, y), ...]: "1" in the centre, "3" along the
-    long side (start, end, centre) as in the authors' code, or "random", three anywhere, as the report says."""
+    """Top left corners [(x, y), ...] of the crops, given the room to the right and below."""
+    x = round(right / 2)  # rounded as in torchvision
+    y = round(down / 2)
+    if crops == "1":
+        return [(x, y)]
     if crops == "random":
         return [tuple(place) for place in rng.integers((right + 1, down + 1), size=(3, 2)).tolist()]
-    x, y = round(right / 2), round(down / 2)  # rounded as in torchvision
-    ends = [(0, y), (right, y)] if right >= down else [(x, 0), (x, down)]
-    return {"1": [(x, y)], "3": [*ends, (x, y)]}[crops]
+    if right >= down:
+        return [(0, y), (right, y), (x, y)]
+    return [(x, 0), (x, down), (x, y)]
 
 
 def test_views(read, num_frames, name, recipe, protocol):
-    """All views of a video under a protocol: [(clip uint8 (T, crop, crop, 3), weight), ...], the weights summing to 1.
+    """All views of a video: for each scale uint8 (V, T, crop, crop, 3).
 
-    read: frame indices -> uint8 (n, h, w, 3), called once. Equal views are given once, with their number as weight: in
-    a short video many clips are alike. What is random is seeded by the video's name."""
-    length, stride, rng = recipe["frames"], recipe["stride"], np.random.default_rng(zlib.crc32(name.encode()))
-    if recipe["sampling"] == "segments":  # the middles, then random ones; report: "5 random" along time
-        clips = [data.segment_indices(num_frames, length, rng if i else None) for i in range(protocol["clips"])]
+    read: frame indices -> uint8 (n, h, w, 3); it is called once. What is random is seeded by the
+    video's name, so that a score depends on nothing else.
+    """
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    length = recipe["frames"]
+    stride = recipe["stride"]
+
+    # frame indices of the clips
+    clips = []
+    if recipe["sampling"] == "segments":
+        # the middles of the segments, then random places in them; report: "5 random chips"
+        clips.append(data.segment_indices(num_frames, length))
+        for _ in range(1, protocol["clips"]):
+            clips.append(data.segment_indices(num_frames, length, rng))
     else:
-        starts = data.clip_starts(num_frames, length, stride, protocol["clips"])
-        clips = [data.clip_indices(num_frames, length, stride, start) for start in starts]
-    wanted = np.unique(clips)
-    frames, views = read(wanted), {}
+        for start in data.clip_starts(num_frames, length, stride, protocol["clips"]):
+            clips.append(data.clip_indices(num_frames, length, stride, start))
+
+    # every frame is decoded and resized once, even if several clips share it
+    indices = np.unique(clips)
+    frames = read(indices)
+    views = []
     for short, crop in protocol["sizes"]:
-        resized = data.resize(frames, short)  # (n, height, width, 3)
+        resized = data.resize(frames, short)
+        height, width = resized.shape[1:3]
+        windows = []
         for clip in clips:
-            for x, y in crop_places(resized.shape[2] - crop, resized.shape[1] - crop, protocol["crops"], rng):
-                window = resized[np.searchsorted(wanted, clip), y : y + crop, x : x + crop]
-                views.setdefault((crop, x, y, *clip), [window, 0])[1] += 1
-    total = sum(count for _, count in views.values())
-    return [(clip, count / total) for clip, count in views.values()]
+            clip_frames = resized[np.searchsorted(indices, clip)]
+            for x, y in crop_places(width - crop, height - crop, protocol["crops"], rng):
+                windows.append(clip_frames[:, y : y + crop, x : x + crop])
+        views.append(torch.stack(windows))
+    return views
 
 
-def by_size(items):
-    """[(row, test_views), ...] of some videos -> [[clips (V, T, H, W, 3), rows (V,), weights (V,)], ...], by size.
-    Few tensors: each that a loader's worker sends takes a file handle, and many systems give it 1,024."""
-    groups = {}
-    for row, views in items:
-        for clip, weight in views:
-            groups.setdefault(clip.shape, []).append((clip, row, weight))
-    return [torch.utils.data.default_collate(group) for group in groups.values()]
+test_views.__test__ = False  # tells pytest that this is not a test
+
+
+def stack_views(items):
+    """[(row, test_views), ...] -> rows (B,), and for each scale uint8 (B, V, T, H, W, 3)."""
+    rows = torch.tensor([row for row, _ in items])
+    scales = zip(*[views for _, views in items])
+    return rows, [torch.stack(views) for views in scales]
+
+
+# ---- scores ----------------------------------------------------------------------------------
+
+def probabilities(logits, loss):
+    """Logits -> probabilities. In a network trained by cross-entropy the classes exclude each
+    other."""
+    if loss == "ce":
+        return logits.softmax(dim=-1)
+    return logits.sigmoid()
 
 
 @torch.no_grad()
-def predict(model, views, num_classes, recipe, device, batch=8, view_batch=16, workers=0, average="prob",
-            autocast=None, what=None):
-    """The scores of all videos, float32 (N, K), in every process: the mean over a video's views of the probabilities
-    (report: "class prediction probabilities are averaged"), or with average "logit" the sigmoid of the mean logit.
+def score_views(model, views, recipe, device, view_batch=16, average="prob",
+                autocast=contextlib.nullcontext(), channels_last=False):
+    """The scores (B, K) of videos whose views are, for each scale, uint8 (B, V, T, H, W, 3).
 
-    views: (row, test_views) of each video, by row. batch: videos loaded at once; view_batch: views in one forward pass,
-    which bounds the memory. model: not its DDP wrapper, which would wait for processes with fewer videos. what: what to
-    call the videos in lines on progress, None for no such lines."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = torch.utils.data.Subset(views, range(rank, len(views), world))
-    loader = torch.utils.data.DataLoader(mine, batch_size=batch, num_workers=workers, collate_fn=by_size,
-                                         worker_init_fn=data.leave_process_group)
-    scores = torch.zeros(len(views), num_classes, device=device)
-    problem, started, was_training = "", time.time(), model.training
-    model.eval()
-    try:
-        for step, groups in enumerate(loader, 1):
-            for clips, rows, weights in groups:
-                for some in torch.arange(len(clips)).split(view_batch):
-                    with autocast or contextlib.nullcontext():
-                        values = model(data.normalise(clips[some].to(device), recipe["mean"], recipe["std"]))
-                    values = values.float()  # the sigmoid of half precision has few values near 1: they would tie
-                    values = values if average == "logit" else values.sigmoid()
-                    scores.index_add_(0, rows[some].to(device), values * weights[some, None].to(values))
-            if what and rank == 0:
-                data.progress(what, min(step * batch, len(mine)), len(mine), started)
-    except OSError as error:
-        problem = str(error.with_traceback(None))  # whose frames would keep the loader's workers alive
-    model.train(was_training)
-    raise_together(problem)
-    if world > 1:
-        dist.all_reduce(scores)  # exact: but for the process that scored it, a row is zero everywhere
-    return (scores.sigmoid() if average == "logit" else scores).cpu().numpy()
+    Report: "class prediction probabilities are averaged". average "logit": the probability of the
+    mean logit instead. view_batch: views in one forward pass, which bounds the memory.
+    """
+    total = 0
+    for clips in views:
+        videos, count = clips.shape[:2]
+        clips = clips.flatten(0, 1)  # a view is a clip like any other
+        logits = []
+        for part in clips.split(view_batch):
+            part = part.to(device, non_blocking=True)
+            part = data.normalise(part, recipe["mean"], recipe["std"], channels_last)
+            with autocast:
+                output = model(part)
+            # In half precision many probabilities near 1 would be equal.
+            logits.append(output.float())
+
+        values = torch.cat(logits)
+        if average == "prob":
+            values = probabilities(values, recipe["loss"])
+        total = total + values.unflatten(0, (videos, count)).mean(dim=1)
+
+    mean = total / len(views)  # every scale has the same number of views
+    if average == "logit":
+        return probabilities(mean, recipe["loss"])
+    return mean
 
 
-def raise_together(problem):
-    """An OSError in every process if one of them has a problem, a text; else nothing."""
-    problems = [problem] * (dist.get_world_size() if dist.is_initialized() else 1)
+def predict(model, videos, num_classes, recipe, device, batch=8, workers=0, progress_name=None,
+            **options):
+    """The scores of all videos, float32 (N, K), the same in every process.
+
+    videos: a data set whose items are (row, test_views). batch: videos loaded at once.
+    progress_name: what lines on progress call the videos; None: no such lines. options: those of
+    score_views. model: without DDP's wrapper, which would wait for processes with fewer videos.
+    """
+    rank = 0
+    world = 1
     if dist.is_initialized():
-        dist.all_gather_object(problems, problem)
-    if any(problems):
-        raise OSError(max(problems))
+        rank = dist.get_rank()
+        world = dist.get_world_size()
+    mine = torch.utils.data.Subset(videos, range(rank, len(videos), world))
+    loader = torch.utils.data.DataLoader(
+        mine, batch_size=batch, num_workers=workers, collate_fn=stack_views,
+        pin_memory=device.type == "cuda", worker_init_fn=data.ignore_interrupts)
+    progress = None
+    if progress_name is not None and rank == 0:
+        progress = data.Progress(progress_name, len(mine))
+
+    was_training = model.training
+    model.eval()
+    scores = torch.zeros(len(videos), num_classes, device=device)
+    done = 0
+    for rows, views in data.load(loader):
+        scores[rows.to(device)] = score_views(model, views, recipe, device, **options)
+        done += len(rows)
+        if progress is not None:
+            progress.update(done)
+    model.train(was_training)
+
+    # Every row is non-zero in exactly one process, so the sum is exact.
+    if world > 1:
+        dist.all_reduce(scores)
+    return scores.cpu().numpy()
 
 
-def multi_hot(videos, num_classes):
-    """[Video, ...] -> uint8 (N, K), or None if no video of the list has a label, as in a test list."""
-    labels = np.array([np.bincount(video.labels, minlength=num_classes) for video in videos], np.uint8)
-    return labels if labels.any() else None
+def multi_hot(videos):
+    """The labels of a VideoList: uint8 (N, K), or None if no video has one, as in a test list."""
+    labels = np.zeros((len(videos), len(videos.categories)), np.uint8)
+    for row in range(len(videos)):
+        labels[row, videos.video(row).labels] = 1
+    if not labels.any():
+        return None
+    return labels
 
 
 def save_scores(path, paths, scores, labels, meta):
-    """scores.npz: paths (N,), scores (N, K) float32, labels (N, K) uint8 unless None, meta as JSON; no pickles."""
-    arrays = {"paths": np.array(paths), "scores": scores.astype(np.float32), "meta": json.dumps(meta)}
+    """scores.npz: paths (N,), scores (N, K) float32, labels (N, K) uint8 unless None, and meta, a
+    JSON text. Written whole or not at all; numpy reads it without unpickling anything."""
+    arrays = {"paths": np.array(paths), "scores": scores.astype(np.float32),
+              "meta": np.array(json.dumps(meta))}
+    if labels is not None:
+        arrays["labels"] = labels
     part = Path(f"{path}.part-{os.getpid()}.npz")
     try:
-        np.savez_compressed(part, **arrays, **({} if labels is None else {"labels": labels}))
+        np.savez_compressed(part, **arrays)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def check_outputs(*files):
-    """ValueError, before the work, for a file that could not be written after it. None: not asked for."""
-    for file in filter(None, files):
-        if Path(file).is_dir() or not os.access(Path(file).absolute().parent, os.W_OK):
-            raise ValueError(f"{file}: there is no such folder, or it cannot be written there")
+def check_output(path):
+    """Fail early: a ValueError, if the file could not be written when the work is done."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: is a folder; name a file")
+    if not os.access(Path(path).absolute().parent, os.W_OK):
+        raise ValueError(f"{path}: there is no such folder, or it cannot be written to")
 
 
-def print_metrics(scores, labels):
-    """The report's metric on a line of its own, last; before it what helps to understand it."""
-    if labels is None:
-        return print("the list has no labels: scores, but no mAP")
-    precision, some = average_precision(scores, labels), labels.any(1)
-    by_class = [average_precision(scores[:, [k]].T, labels[:, [k]].T)[0] for k in np.flatnonzero(labels.any(0))]
-    top = np.argsort(-scores, axis=1, kind="stable")[:, :5]
-    hits = np.take_along_axis(labels, top, axis=1)[some]
-    print(f"{len(scores)} videos, {(~some).sum()} without labels, whose AP counts as 0 (mAP of the others "
-          f"{100 * precision[some].mean():.2f})\nclass-level mAP {100 * np.mean(by_class):.2f}, top-1 hit rate "
-          f"{100 * hits[:, 0].mean():.2f}, top-5 {100 * hits.any(1).mean():.2f}\nmAP {100 * precision.mean():.2f}")
+# ---- networks and their weights --------------------------------------------------------------
+
+def open_model(name, row=None, pages=(data.RECIPE, RECIPE)):
+    """--model and --recipe -> (the model file's module, its recipe): the shared pages, for the row
+    "toy" data.TOY, then the row, the file's first if None. Later values override earlier ones."""
+    folder = Path(__file__).parent
+    scripts = {"data", "evaluate", "train", "ensemble"}
+    known = sorted({file.stem for file in folder.glob("*.py")} - scripts)
+    if name not in known:
+        raise ValueError(f"--model {name}: no model file; there are {', '.join(known)}")
+    module = importlib.import_module(name)
+    if not hasattr(module, "RECIPES"):
+        raise ValueError(f"--model {name}: {name}.py has no RECIPES; see tsn.py for what it needs")
+    if row is None:
+        row = next(iter(module.RECIPES))
+    if row not in module.RECIPES:
+        raise ValueError(f"--recipe {row}: {name}.py has the rows {', '.join(module.RECIPES)}")
+
+    recipe = {"loss": "bce"}  # decides between sigmoid and softmax; pages may lack train.RECIPE
+    for page in pages:
+        recipe = override(recipe, page)
+    if row == "toy":
+        recipe = override(recipe, data.TOY)
+    return module, override(recipe, module.RECIPES[row])
 
 
-class ArraysOnly(pickle.Unpickler):
-    """For PySlowFast's Caffe2 files: a pickle can run any code, this one makes numpy arrays and nothing else."""
-    makers = {f"{maker.__module__}.{maker.__name__}": maker for maker in (
-        np.dtype, np.ndarray, np._core.multiarray.scalar, np._core.multiarray._reconstruct, codecs.encode,
-        *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU"))}
+def override(recipe, values):
+    """The recipe with other values. A run counts iterations, or epochs if iterations is 0, so
+    values that give one of the two clear the other."""
+    recipe = {**recipe, **values}
+    if "epochs" in values and "iterations" not in values:
+        recipe["iterations"] = 0
+    if "iterations" in values and "epochs" not in values:
+        recipe["epochs"] = 0
+    return recipe
 
-    def find_class(self, module, name):
-        name = f"{module.replace('numpy.core', 'numpy._core')}.{name}"  # numpy 1 had no underscore
-        if name not in self.makers:
-            raise pickle.UnpicklingError(f"GLOBAL {name}")  # torch's word for it
-        return self.makers[name]
+
+def add_recipe_flags(parser, recipe):
+    """A flag for every key of the recipe. A flag that is not given leaves no trace."""
+    group = parser.add_argument_group("the recipe's values")
+    for key, value in recipe.items():
+        options = {"default": argparse.SUPPRESS, "help": str(value)}
+        if isinstance(value, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(value, (tuple, list)):
+            options["type"] = type(value[0])
+            options["nargs"] = "+"
+        elif value is None:
+            options["type"] = int
+        else:
+            options["type"] = type(value)
+        group.add_argument(f"--{key.replace('_', '-')}", **options)
+
+
+COUNTS = ["frames", "stride", "crop", "jitter", "batch", "reference_batch", "test_resize",
+          "test_crop", "clips", "scales"]  # at least 1
+
+
+def check_recipe(recipe):
+    """ValueError with the flag, if a value cannot be used."""
+    for key, value in recipe.items():
+        flag = f"--{key.replace('_', '-')}"
+        values = [value]
+        if isinstance(value, (tuple, list)):
+            values = value
+        numbers = [number for number in values if isinstance(number, (int, float))]
+
+        if key in WORDS and value not in WORDS[key]:
+            raise ValueError(f"{flag} {value}: known are {', '.join(WORDS[key])}")
+        if not all(0 <= number < float("inf") for number in numbers):
+            raise ValueError(f"{flag} {value}: must not be negative, and must be a number")
+        if key in COUNTS and min(numbers) < 1:
+            raise ValueError(f"{flag} {value}: at least 1")
+    if recipe["test_crop"] > recipe["test_resize"]:
+        raise ValueError(f"--test-crop {recipe['test_crop']}: larger than the short side that it "
+                         f"is cut from, --test-resize {recipe['test_resize']}")
+    if len(recipe["jitter"]) != 2 or recipe["jitter"][0] > recipe["jitter"][1]:
+        raise ValueError(f"--jitter {recipe['jitter']}: two numbers, the smaller one first")
+    if recipe["augment"] == "jitter" and recipe["crop"] > recipe["jitter"][0]:
+        raise ValueError(f"--crop {recipe['crop']}: larger than the short side that it is cut "
+                         f"from, --jitter {recipe['jitter'][0]}")
+    if len(recipe["mean"]) != 3 or len(recipe["std"]) != 3 or min(recipe["std"]) == 0:
+        raise ValueError("--mean and --std: three numbers each, for red, green and blue; a "
+                         "standard deviation is not 0")
 
 
 def read_checkpoint(path):
-    """What a checkpoint file holds, a dict: a torch file, numpy scalars included, or a Caffe2 pickle of arrays.
-    ValueError for other files, and for one that asks for another Python object, which could run code."""
-    problem = ""
-    for load in (lambda file: torch.load(file, map_location="cpu", weights_only=True),
-                 lambda file: ArraysOnly(file, encoding="latin1").load()):
-        with open(path, "rb") as file, torch.serialization.safe_globals([*ArraysOnly.makers.values()]):
-            try:
-                return dict(load(file))
-            except Exception as error:  # either lets through whatever the bytes did to it
-                problem += str(error)
-    name = re.search(r"GLOBAL ([\w.]+)", problem)
-    raise ValueError(f"{path}: " + (f"asks for the Python object {name[1]}, which is refused: it could run code" if name
-                                    else "no checkpoint, or one that was cut short"))
+    """What a checkpoint file holds, a dict of tensors, numbers, texts, lists and dicts. ValueError
+    for other files, and for a file that asks for any other Python object: it could run code."""
+    numpy_objects = [np.dtype, np.ndarray]
+    for kind in (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool_):
+        numpy_objects.append(type(np.dtype(kind)))
+    for name in ("scalar", "_reconstruct"):
+        function = getattr(np._core.multiarray, name)
+        numpy_objects.append((function, f"numpy._core.multiarray.{name}"))
+        numpy_objects.append((function, f"numpy.core.multiarray.{name}"))  # as NumPy 1 wrote it
+    try:
+        with torch.serialization.safe_globals(numpy_objects):
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes raise many kinds of errors
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise ValueError(f"{path}: asks for a Python object that is not a tensor, and loading "
+                             "it could run code; save the state_dict alone with the program that "
+                             "wrote the file: torch.save(model.state_dict(), ...)") from None
+        raise ValueError(f"{path}: no checkpoint of PyTorch, or one that was cut short") from None
 
 
 def convert(module, checkpoint, path):
-    """The tensors of a file, as read, in our names; the model file's errors get the file's name."""
+    """The tensors of a checkpoint, as read, in our names. Every usual container becomes "model",
+    and the prefixes of DDP and torch.compile are removed, so that a new model file need not know
+    them."""
+    cleaned = strip_prefixes(checkpoint)
+    for container in ("net", "model_state_dict", "model_state", "model", "state_dict"):
+        if isinstance(checkpoint.get(container), dict):
+            cleaned = {"model": strip_prefixes(checkpoint[container])}
     try:
-        return module.convert(checkpoint)
+        return module.convert(cleaned)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
+def strip_prefixes(tensors):
+    stripped = {}
+    for key, tensor in tensors.items():
+        stripped[re.sub(r"^(module\.|_orig_mod\.)+", "", str(key))] = tensor
+    return stripped
+
+
 def load_weights(module, recipe, checkpoint, path):
-    """A checkpoint of any layout that convert knows -> (model, its number of classes), by a strict load. Where tensors
-    do not fit, a ValueError with the recipe flags by which they would."""
+    """A checkpoint of any layout that the model file knows -> (model, its number of classes). The
+    load is strict; ValueError with what does not fit."""
     state = convert(module, checkpoint, path)
 
-    def compare(recipe):
-        """What only the file or only the recipe's network has, {(key, shape), ...}, and the file's number of classes:
-        the first side of what is not as in a network for one class. So first sides do not count as differences."""
-        try:
-            with torch.device("meta"):  # shapes without memory
-                ours = module.build(recipe, 1).state_dict()
-        except (ValueError, KeyError):  # no such network
-            ours = {}
-        sides = [len(state[key]) for key in ours if key in state and ours[key].shape != state[key].shape]
-        shapes = [{(key, tensor.shape[1:]) for key, tensor in tensors.items()} for tensors in (state, ours)]
-        return shapes[0] ^ shapes[1], max(sides, default=1)
+    num_classes = 1
+    for key in classifier_keys(module, recipe):
+        if key in state:
+            num_classes = len(state[key])
 
-    misfits, num_classes = compare(recipe)
-    if not misfits:
-        model = module.build(recipe, num_classes)
-        model.load_state_dict(state)
-        return model, num_classes
-    usual = [True, False, 3, 4, 5, 7, 8, 16, 18, 50, 101, 152, 200, "resnet18", "resnet50", "resnet101"]
-    tries = dict.fromkeys((key, value) for key in re.findall(r'recipe\["(\w+)"\]', inspect.getsource(module.build))
-                          for value in [*(row[key] for row in module.RECIPES.values()), *usual]
-                          if type(value) is type(recipe[key]))
-    wanted = recipe
-    while left := len(compare(wanted)[0]):  # take the value that mends most, again and again
-        wanted = min(({**wanted, key: value} for key, value in tries), key=lambda one: len(compare(one)[0]))
-        if len(compare(wanted)[0]) >= left:
-            break
-    flags = " ".join(flag(key, value) for key, value in wanted.items() if value != recipe[key])
-    raise ValueError(f"{path}: {len(misfits)} tensors do not fit, such as {min(misfits)[0]}" + (
-        ", and no recipe flag makes them fit" if left else f"; they ask for {flags}"))
+    model = module.build(recipe, num_classes)
+    problems = list(misfits(state, model.state_dict()).values())
+    if problems:
+        others = ""
+        if len(problems) > 5:
+            others = f"; and {len(problems) - 5} others"
+        raise ValueError(f"{path}: does not fit the network: {'; '.join(problems[:5])}{others}. "
+                         "README.md has the flags of public weights")
+    model.load_state_dict(state)
+    return model, num_classes
 
 
-def flag(key, value):
-    """A recipe value as one would write it on the command line: --weight-decay 0.0001."""
-    name = key.replace("_", "-")
-    return f"--{'no-' * (value is False)}{name}" if isinstance(value, bool) else f"--{name} {value}"
+def classifier_keys(module, recipe):
+    """The keys of the classifier's tensors: the only ones whose shapes depend on the number of
+    classes, which is their first side."""
+    with torch.device("meta"):  # shapes without memory
+        one = module.build(recipe, 1).state_dict()
+        two = module.build(recipe, 2).state_dict()
+    return [key for key in one if one[key].shape != two[key].shape]
 
 
-def open_recipe(name, row=None):
-    """--model and --recipe -> (the model file's module, its row of RECIPES or the first, {key: its note}). A note is
-    the comment on the key's line, in the row or else above RECIPES: meaning, unit and where the value comes from."""
-    if not name.isidentifier() or not Path(__file__).with_name(f"{name}.py").exists():
-        raise ValueError(f"--model {name}: there is no {name}.py beside this script")
-    module = importlib.import_module(name)
-    rows = getattr(module, "RECIPES", {})
-    row = row or next(iter(rows), None)
-    if row not in rows:
-        raise ValueError(f"--recipe {row}: {name}.py has {', '.join(rows) or 'no RECIPES'}")
-    shared, _, own = inspect.getsource(module).partition("\nRECIPES = ")
-    own = re.search(rf'^    "{row}": .*?(?=^    "|^}})', own, re.DOTALL | re.MULTILINE)
-    lines = [line.partition("  # ") for line in (shared + (own[0] if own else "")).splitlines()]
-    return module, rows[row], {key: note for code, _, note in lines if note for key in re.findall(r'(\w+)"?[=:]', code)}
+def misfits(theirs, ours):
+    """{key: what is wrong}, for every key that one of two state dicts lacks or that has different
+    shapes in them."""
+    problems = {}
+    for key in {**ours, **theirs}:
+        if key not in theirs:
+            problems[key] = f"{key} is not in the file"
+        elif key not in ours:
+            problems[key] = f"{key} is not in the network"
+        elif theirs[key].shape != ours[key].shape:
+            problems[key] = (f"{key} is {tuple(theirs[key].shape)} in the file, "
+                             f"{tuple(ours[key].shape)} in the network")
+    return problems
 
 
-def add_recipe_flags(parser, recipe, notes={}):
-    """A flag for every key of the recipe; notes: {key: help}. A flag that is not given leaves no trace."""
-    choices = {"sampling": ["segments", "clip"], "augment": ["multiscale", "jitter"], "crops": ["1", "3", "random"],
-               "loss": ["bce", "lsep", "warp", "ce"], "class_weight": ["none", "sqrt", "ratio"],
-               "schedule": ["step", "cosine"]}
-    group = parser.add_argument_group("the recipe's values")
-    for key, value in recipe.items():
-        several = isinstance(value, (list, tuple))
-        kind = str if key in choices else int if value is None else type(value[0] if several else value)
-        how = {"type": kind, "choices": choices.get(key)}
-        if kind is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        elif several:
-            how["nargs"] = "+" if key in ("scales", "milestones") else len(value)
-        group.add_argument(f"--{key.replace('_', '-')}", default=argparse.SUPPRESS, **how,
-                           help=f"{notes.get(key, '')} [{value}]".replace("%", "%%"))
-
-
-def check_recipe(recipe):
-    """The recipe, if a run can use it; else a ValueError with the flag. It may hold other flags' values as well."""
-    counts = ("frames stride crop jitter batch reference_batch epochs iterations milestones test_resize test_crop "
-              "clips scales view_batch top")
-    for keys, least, below in ((counts, 1, np.inf), ("lr warmup weight_decay clip_grad loss_scale workers", 0, np.inf),
-                               ("dropout momentum", 0, 1), ("std", 1e-6, np.inf)):
-        for key in keys.split():
-            if not all(least <= number < below for number in np.ravel(recipe.get(key, least))):
-                raise ValueError(f"{flag(key, recipe[key])}: at least {least}" + f", below {below}" * (below < np.inf))
-    for key, short in (("test_crop", recipe["test_resize"]), ("crop", min(recipe["jitter"]))):
-        if recipe[key] > short and (key == "test_crop" or recipe["augment"] == "jitter"):
-            raise ValueError(f"{flag(key, recipe[key])}: larger than the short side it is cut from, {short}")
-    return recipe
-
+# ---- processes -------------------------------------------------------------------------------
 
 def start_process(device=None):
-    """(rank, world, device) of this process, joined with the others where torchrun's environment names them."""
-    rank, world, local = (int(os.environ.get(key, default)) for key, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """(rank, world, device) of this process; torchrun's environment says whether there are
+    others."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if device is None:
+        device = "cpu"
+        if torch.cuda.is_available():
+            device = "cuda"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.device(f"cuda:{local}" if device == "cuda" else device)
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # no such kind, none here, or one without values
+        torch.ones(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # there is no such device, or none here
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    device = torch.device(device)
+
+    backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
-                                store=fresh_store(rank, world))
+        dist.init_process_group(backend)
     return rank, world, device
 
 
-def fresh_store(rank, world):
-    """The part of torchrun's store that belongs to this start of the processes.
-    After an elastic restart the store still holds what the dead ones wrote, such as their addresses. So the first
-    process draws a name, and answers only to those that show it a name of their own: both are new."""
-    store, _, _ = next(dist.rendezvous("env://"))
-    first = own = os.urandom(16).hex()
-    if rank == 0:
-        store.set("first", own)
-        for other in range(1, world):
-            store.set(store.get(f"{own}/{other}").decode(), "")  # waits for the other
-    while rank and not store.check([own]):
-        first = store.get("first").decode()  # perhaps still a dead one's
-        store.set(f"{first}/{rank}", own)
-        time.sleep(0.05)
-    return dist.PrefixStore(first, store)
-
-
 def end_process():
-    """Leave the group of processes. First, a moment without Python's lock: a thread of gloo's needs it to let go of
-    the last exchange's tensors, and who destroys the group keeps it and waits for the thread (seen in PyTorch 2.11)."""
     if dist.is_initialized():
-        time.sleep(0.1)
+        dist.barrier()
         dist.destroy_process_group()
 
 
 def toy_folder(rank):
-    """runs/toy, drawn by rank 0 if it is not there yet."""
+    """runs/toy; the first process draws it if it is not there."""
     folder = Path("runs", "toy")
     if rank == 0 and not folder.exists():
         data.draw_toy(folder)
@@ -369,125 +542,260 @@ def toy_folder(rank):
     return folder
 
 
-def open_video(file):
-    """A video file -> (read: frame indices -> uint8 (n, h, w, 3), its number of frames). The pixels are those that
-    extraction would give, but the disk is not touched: the JPEGs are in memory, some 2.5 GB of them for an hour."""
-    stream, problem = data.ffmpeg(file, "-f", "image2pipe", "-c:v", "mjpeg", "-")
-    frames = [jpeg + b"\xff\xd9" for jpeg in stream.split(b"\xff\xd9")[:-1]]  # the marker at a JPEG's end
-    if problem or not frames:
-        raise OSError(f"{file}: {problem or 'no frame'}")
-    return lambda indices: torch.from_numpy(np.stack([Image.open(io.BytesIO(frames[i])) for i in indices])), len(frames)
+def make_autocast(device, amp):
+    """--amp -> the context in which the network runs. In half precision matrix products and
+    convolutions are faster; weights stay float32."""
+    dtypes = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, dtype=dtypes[amp], enabled=amp != "off")
 
 
-def label_videos(args, rank, score, recipe, protocol, categories):
-    """--video: the first process prints the labels of each file; the exit status. score: test_views -> (K,)."""
-    if shutil.which("ffmpeg") is None:
-        raise ValueError("the program ffmpeg is missing; Debian: apt install ffmpeg, macOS: brew install ffmpeg")
-    say, found, rows = print if rank == 0 else (lambda *_, **__: None), [], []
+def use_channels_last(model):
+    """Store the weights with channels innermost, which is faster on GPUs. Values stay the same."""
+    has_3d = any(parameter.dim() == 5 for parameter in model.parameters())
+    if has_3d:
+        return model.to(memory_format=torch.channels_last_3d)
+    return model.to(memory_format=torch.channels_last)
+
+
+# ---- --video ---------------------------------------------------------------------------------
+
+def label_videos(args, score, recipe, protocol, categories):
+    """Print the labels of each file of --video. Returns the exit status: 2 if a file could not be
+    read. score: test_views of one video -> (K,)."""
+    data.require_ffmpeg()
+    results = []
+    pictures = []
     for file in args.video:
-        try:
-            read, num_frames = open_video(file)
-        except OSError as error:
-            say(f"evaluate.py: {error}", file=sys.stderr)
-            continue
-        scores = score(test_views(read, num_frames, Path(file).stem, recipe, protocol))
-        labels = {categories[k]: float(scores[k]) for k in np.argsort(-scores, kind="stable")[: args.top]}
-        found.append({"video": file, "labels": labels})
+        with tempfile.TemporaryDirectory() as folder:
+            count, message = data.decode_video(file, Path(folder))
+            if message:
+                print(f"{file}: {count} frames; {message}", file=sys.stderr)
+            if count == 0:
+                continue
+
+            def read(indices):
+                return data.read_frames(folder, indices)
+
+            scores = score(test_views(read, count, Path(file).stem, recipe, protocol))
+            if args.picture:
+                frames = read(data.sample_indices(count, recipe))
+        labels = {}
+        for k in np.argsort(-scores, kind="stable")[: args.top]:
+            labels[categories[k]] = float(scores[k])
+        results.append({"video": file, "labels": labels})
         if args.picture:
-            rows.append(draw_row(read(data.sample_indices(num_frames, recipe)), labels))
+            pictures.append(draw_labels(frames, labels))
         if not args.json:
-            say(file, *(f"{100 * p:6.2f} %  {name}" for name, p in labels.items()), sep="\n")
+            print(file)
+            for name, probability in labels.items():
+                print(f"{100 * probability:6.2f} %  {name}")
+
     if args.json:
-        say(json.dumps(found, indent=1))
-    if rows and rank == 0:
-        Image.fromarray(np.concatenate(rows)).save(args.picture)
-    return 0 if len(found) == len(args.video) else 2
+        print(json.dumps(results, indent=1))
+    if pictures:
+        stack_pictures(pictures).save(args.picture)
+    if len(results) < len(args.video):
+        return 2
+    return 0
 
 
-def draw_row(frames, labels):
-    """The frames that the model saw, uint8 (T, h, w, 3), and a bar for each of {label: probability} -> a picture."""
-    picture = Image.new("RGB", (160 * len(frames), 128 + 18 * len(labels)), "white")
+def draw_labels(frames, labels, columns=8, frame_height=128, line=24):
+    """A picture of the frames that the model saw, uint8 (T, h, w, 3), in order, and below them a
+    bar for each of {label: probability}. Sizes are in pixels."""
+    columns = min(columns, len(frames))
+    rows = -(-len(frames) // columns)  # rounded up
+    frame_width = round(frame_height * frames.shape[2] / frames.shape[1])
+    font = ImageFont.load_default(size=15)
+    names_width = max(round(font.getlength(name)) for name in labels) + 16
+    width = max(columns * (frame_width + 4), names_width + 260)
+    top = rows * (frame_height + 4) + 8
+    picture = Image.new("RGB", (width, top + line * len(labels) + 8), "white")
     draw = ImageDraw.Draw(picture)
+
     for i, frame in enumerate(frames):
-        picture.paste(Image.fromarray(frame.numpy()).resize((160, 120)), (160 * i, 0))
-    for y, (name, p) in zip(range(124, picture.height, 18), labels.items()):
-        draw.rectangle((0, y, p * picture.width, y + 15), fill=(150, 190, 240))
-        draw.text((4, y + 2), f"{100 * p:5.1f} %  {name}", fill="black")
+        row, column = divmod(i, columns)
+        image = Image.fromarray(frame.numpy()).resize((frame_width, frame_height))
+        picture.paste(image, (column * (frame_width + 4), row * (frame_height + 4)))
+
+    longest = width - names_width - 80
+    for i, (name, probability) in enumerate(labels.items()):
+        y = top + i * line
+        end = names_width + probability * longest
+        draw.text((8, y + 3), name, fill="black", font=font)
+        draw.rectangle((names_width, y + 3, names_width + longest, y + line - 3), fill="#eeeeee")
+        draw.rectangle((names_width, y + 3, end, y + line - 3), fill="#4a86c8")
+        draw.text((names_width + longest + 8, y + 3), f"{100 * probability:.1f} %", fill="black",
+                  font=font)
     return picture
 
 
-def main():
+def stack_pictures(pictures):
+    """One picture below the other."""
+    width = max(picture.width for picture in pictures)
+    height = sum(picture.height for picture in pictures)
+    stack = Image.new("RGB", (width, height), "white")
+    y = 0
+    for picture in pictures:
+        stack.paste(picture, (0, y))
+        y += picture.height
+    return stack
+
+
+# ---- the script ------------------------------------------------------------------------------
+
+def parse_arguments():
+    """(args, module, recipe, checkpoint, path, config). The recipe is the checkpoint's, or, for
+    other people's weights, a row of the model file, with the values that were given as flags."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        epilog="Every recipe value is a flag too, such as --clips 10 --crops random --scales 128 144;\n"
-               "python train.py --model NAME --print-recipe shows them all, with their sources.")
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Every recipe key is a flag too: --clips 10 --crops random --scales 128 144; "
+               "--loss ce for a network that was trained by cross-entropy, such as on Kinetics.")
     add = parser.add_argument
-    add("--checkpoint", metavar="FILE", help="of train.py; it holds its model, recipe and categories")
-    add("--model", metavar="NAME", help="with --weights: a model file beside this script, such as tin")
-    add("--weights", metavar="FILE", help="other people's weights, read by the model file's convert")
+    add("--checkpoint", metavar="FILE",
+        help="written by train.py; it holds its model, recipe and classes")
+    add("--model", metavar="NAME",
+        help="with --weights: a model file beside this script, such as tin")
+    add("--weights", metavar="FILE", help="other people's weights; the model file converts them")
     add("--recipe", metavar="ROW", help="with --weights: a row of the model's RECIPES (its first)")
     add("--data", metavar="DATA", help="a data folder (the toy, runs/toy)")
     add("--split", default="val", help="which of its lists (%(default)s)")
-    add("--protocol", choices=["clip", "dense", "multiscale"], help="one view (the default), clips x crops, or these "
-        "at all scales (the default with --clips, --crops or --scales)")
-    add("--average", default="prob", choices=["prob", "logit"], help="what is averaged over the views (%(default)s)")
-    add("--out", metavar="FILE.npz", help="write paths, scores and labels there, for ensemble.py")
-    add("--batch", type=int, default=argparse.SUPPRESS, help="videos loaded at once (VIEW_BATCH / views, at least 1)")
-    add("--view-batch", type=int, default=16, help="views in one forward pass (%(default)s)")
-    add("--workers", type=int, default=2, help="loader processes per process, 0: none (%(default)s)")
+    add("--protocol", choices=["clip", "dense", "multiscale"],
+        help="one view, clips x crops at the first scale, or at all scales (clip; multiscale if "
+             "--clips, --crops or --scales is given)")
+    add("--average", default="prob", choices=["prob", "logit"],
+        help="what is averaged over the views (%(default)s)")
+    add("--out", metavar="FILE.npz", help="write paths, scores and labels, for ensemble.py")
+    add("--batch", type=int, metavar="VIDEOS",
+        help="videos loaded at once (VIEW_BATCH / views of a video)")
+    add("--view-batch", type=int, default=16, metavar="VIEWS",
+        help="views in one forward pass (%(default)s)")
+    add("--workers", type=int, default=2,
+        help="loader processes per process, 0: none (%(default)s)")
     add("--device", help="cpu, cuda, ... (cuda if there is one)")
+    add("--amp", default="off", choices=["off", "bf16", "fp16"],
+        help="half precision; scores change in the third decimal (%(default)s)")
+    add("--channels-last", action="store_true", help="channels innermost in memory: faster on GPUs")
+    add("--compile", action="store_true", help="torch.compile the network")
     add("--video", nargs="+", metavar="FILE", help="label these video files instead of a list")
     add("--top", type=int, default=5, help="labels per video (%(default)s)")
     add("--json", action="store_true", help="print the labels as JSON")
-    add("--picture", metavar="OUT.png", help="draw the frames that the model saw and a bar per label")
+    add("--picture", metavar="OUT.png", help="draw the frames that the model saw and its labels")
     args, rest = parser.parse_known_args()
     if not args.checkpoint and not (args.model and args.weights):
         parser.error("which network? --checkpoint FILE, or --model NAME --weights FILE")
+    check_arguments(args)
+
     path = args.checkpoint or args.weights
     checkpoint = read_checkpoint(path)
-    config = checkpoint.get("config") if args.checkpoint else {"model": args.model, "recipe": {}}
-    if not isinstance(config, dict) or [type(config.get(key)) for key in ("model", "recipe")] != [str, dict]:
-        raise ValueError(f"{path}: not one of our checkpoints; others': --model NAME --weights {path}")
-    module, row, _ = open_recipe(config["model"], args.recipe)
-    recipe, flags = {**row, **config["recipe"]}, argparse.ArgumentParser(allow_abbrev=False)
+    config = {"model": args.model, "recipe": {}, "categories": None}
+    if args.checkpoint:
+        config = checkpoint.get("config")
+        if not isinstance(config, dict) or not isinstance(config.get("recipe"), dict):
+            raise ValueError(f"{path}: not a checkpoint of train.py; for other people's files: "
+                             f"--model NAME --weights {path}")
+    module, recipe = open_model(config["model"], args.recipe)
+    flags = argparse.ArgumentParser(allow_abbrev=False)
     add_recipe_flags(flags, recipe)
     given = vars(flags.parse_args(rest))
-    recipe = {**recipe, **given}
-    check_recipe({**recipe, **vars(args)})
-    name = "multiscale" if {"clips", "crops", "scales"} & given.keys() else "clip"
-    protocol = make_protocol(recipe, args.protocol or name)
-    check_outputs(args.out, args.picture)
-    if args.picture and Image.registered_extensions().get(Path(args.picture).suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"--picture {args.picture}: no kind of picture that Pillow writes, such as .png")
+    recipe = {**recipe, **config["recipe"], **given}
+    check_recipe(recipe)
+    if args.protocol is None:
+        args.protocol = "clip"
+        if {"clips", "crops", "scales"} & set(given):
+            args.protocol = "multiscale"
+    return args, module, recipe, checkpoint, path, config
+
+
+def check_arguments(args):
+    if args.batch is not None and args.batch < 1:
+        raise ValueError(f"--batch {args.batch}: at least 1")
+    if args.view_batch < 1:
+        raise ValueError(f"--view-batch {args.view_batch}: at least 1")
+    if args.top < 1:
+        raise ValueError(f"--top {args.top}: at least 1")
+    if args.workers < 0:
+        raise ValueError(f"--workers {args.workers}: at least 0")
+    if args.checkpoint and args.recipe:
+        raise ValueError("--recipe goes with --weights; a checkpoint of train.py holds its recipe")
+    if args.out and args.video:
+        raise ValueError("--out goes with a list of videos, not with --video")
+    if (args.json or args.picture) and not args.video:
+        raise ValueError("--json and --picture go with --video")
+    if args.out:
+        check_output(args.out)
+    if args.picture:
+        check_output(args.picture)
+        ending = Path(args.picture).suffix.lower()
+        if Image.registered_extensions().get(ending) not in Image.SAVE:
+            raise ValueError(f"--picture {args.picture}: unknown kind of picture; try .png")
+
+
+def main():
+    args, module, recipe, checkpoint, path, config = parse_arguments()
+    protocol = make_protocol(recipe, args.protocol)
+
+    # processes, device and network
     rank, _, device = start_process(args.device)
     model, num_classes = load_weights(module, recipe, checkpoint, path)
-    views = protocol["clips"] * len(protocol["sizes"]) * (1 if protocol["crops"] == "1" else 3)
-    batch = vars(args).get("batch", max(1, args.view_batch // views))
-    score = functools.partial(predict, model.to(device), num_classes=num_classes, recipe=recipe, device=device,
-                              batch=batch, view_batch=args.view_batch, average=args.average)
-    folder = args.data or (None if args.video else toy_folder(rank))
-    categories = data.read_categories(folder) if folder else config.get("categories", range(num_classes))
-    if len(categories) != num_classes:
-        raise ValueError(f"{path} knows {num_classes} classes, {folder}/categories.txt names {len(categories)}")
-    status = 0
+    model.to(device)
+    if args.channels_last:
+        use_channels_last(model)
+    if args.compile:
+        model = torch.compile(model)
+    options = dict(view_batch=args.view_batch, average=args.average,
+                   autocast=make_autocast(device, args.amp), channels_last=args.channels_last)
+
+    # the names of the classes
+    folder = args.data
+    if folder is None and not args.video:
+        folder = toy_folder(rank)
+    categories = config["categories"]
+    if folder is not None:
+        names = data.read_categories(folder)
+        if categories is not None:
+            data.compare_categories(categories, path, names, f"{folder}/categories.txt")
+        if len(names) != num_classes:
+            raise ValueError(f"{path} knows {num_classes} classes, {folder}/categories.txt names "
+                             f"{len(names)}")
+        categories = names
+    if categories is None:
+        categories = [f"class {k}" for k in range(num_classes)]
+
+    # --video: one process suffices
     if args.video:
-        status = label_videos(args, rank, lambda views: score([(0, views)])[0], recipe, protocol, categories)
-    else:
-        views = functools.partial(test_views, recipe=recipe, protocol=protocol)
-        videos = data.VideoList(folder, args.split, recipe, train=False, views=views)
-        scores, labels = score(videos, workers=args.workers, what="videos"), multi_hot(videos.videos, num_classes)
-        if rank == 0 and args.out:
-            meta = {"model": config["model"], "recipe": recipe, "checkpoint": path,
-                    "iteration": checkpoint.get("iteration"), "list": str(videos.list), "classes": num_classes,
-                    "protocol": {**protocol, "average": args.average}, "left_out": videos.left_out,
-                    "map": None if labels is None else sample_map(scores, labels)}
-            save_scores(args.out, [video.path for video in videos.videos], scores, labels, meta)
-        if rank == 0 and videos.left_out:
-            print(f"{videos.left_out} lines of {videos.list} left out (repeated, or no frames)")
+        def score(views):
+            views = [view[None] for view in views]  # a batch of one video
+            return score_views(model.eval(), views, recipe, device, **options)[0].cpu().numpy()
+
+        status = 0
         if rank == 0:
-            print_metrics(scores, labels)
+            status = label_videos(args, score, recipe, protocol, categories)
+        end_process()
+        return status
+
+    # a list of videos
+    views = functools.partial(test_views, recipe=recipe, protocol=protocol)
+    videos = data.VideoList(folder, args.split, recipe, train=False, views=views)
+    batch = args.batch or max(1, args.view_batch // count_views(protocol))
+    scores = predict(model, videos, num_classes, recipe, device, batch, args.workers,
+                     progress_name="videos", **options)
+    labels = multi_hot(videos)
+    if rank == 0:
+        if args.out:
+            meta = {"model": config["model"], "recipe": recipe, "checkpoint": path,
+                    "iteration": checkpoint.get("iteration"), "list": str(videos.list),
+                    "classes": num_classes, "categories": categories,
+                    "protocol": {**protocol, "average": args.average},
+                    "left_out": videos.repeated + videos.without_frames, "map": None}
+            if labels is not None:
+                meta["map"] = sample_map(scores, labels)
+            paths = [videos.video(row).path for row in range(len(videos))]
+            save_scores(args.out, paths, scores, labels, meta)
+        print(videos.describe())
+        print_metrics(scores, labels)
     end_process()
-    return status
+    return 0
 
 
 if __name__ == "__main__":

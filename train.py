@@ -1,27 +1,32 @@
 """The training loop, its losses and its checkpoint.
 
-    torchrun train.py --model tin                                              the toy, on a laptop, in minutes
-    torchrun --nproc-per-node 8 train.py --model tin --data DATA               one machine, the report's recipe
-    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py --model slowfast ...
-    torchrun train.py --model tin --recipe r101_8f --lr 0.02 --print-recipe    every recipe value is a flag
+    torchrun train.py --model tin                                   the toy: minutes on a laptop
+    torchrun --nproc-per-node 8 train.py --model tin --data DATA    the report's recipe
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+        train.py --model slowfast --data DATA                       the report's 32 GPUs
+    torchrun train.py --model tin --lr 0.02 --no-flip               every recipe value is a flag
 
-OUT (runs/MODEL) gets last.pt, from which --resume goes on as if nothing had happened; best.pt, the best on validation;
-and log.jsonl. A run is a function of its seed: a step draws from (seed, step, rank), a clip from (seed, epoch, row), an
-epoch's order from (seed, epoch), so no generator's state is kept. B clips, K classes; a step is one update of the
-weights, from `batch` clips over all processes.
+The folder OUT (runs/MODEL) gets last.pt, from which --resume goes on; best.pt, the best on
+validation; and log.jsonl. With several nodes it must be on a disk that all of them share.
+
+A run is a function of its seed: a step draws from (seed, step, rank), a clip from (seed, epoch,
+row), the order of an epoch from (seed, epoch). So a checkpoint holds no generator's state, and a
+run that is resumed by the same command equals the uninterrupted one, on a CPU bit for bit.
+
+B clips, T frames, H height, W width, K classes. A step is one update of the weights.
 """
 import argparse
-import contextlib
 import datetime
 import functools
 import json
 import math
 import os
-import resource
-import signal
-import sys
 import time
 from pathlib import Path
+
+# Make idle CPU threads sleep; their busy-waiting makes training on a busy laptop several times
+# slower. This must be set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
@@ -32,47 +37,100 @@ import torchvision
 import data
 import evaluate
 
+# How a network is trained: the report's image models. A model's recipe row overrides what differs.
+RECIPE = dict(
+    # loss
+    loss="bce",            # bce, lsep, warp, or ce for single-label lists such as Kinetics'
+    loss_scale=160.0,      # report: "a huge performance gain"; 313 classes / 1.96 labels = 160
+    class_weight="none",   # none, sqrt or ratio; report: both gained slightly and were not used
+
+    # optimiser: SGD with one group for all parameters
+    batch=64,              # clips of a step, over all processes; ours: TSM's authors, for lr 0.01
+    reference_batch=64,    # the batch that lr, warmup and iterations are meant for
+    lr=0.01,               # report
+    momentum=0.9,          # report
+    nesterov=False,        # ours: the report names momentum alone
+    weight_decay=5e-4,     # report; on every parameter
+    clip_grad=20.0,        # largest norm of the gradient, 0: off; ours: the authors' code
+
+    # schedule
+    schedule="step",       # "step": lr / 10 at each milestone; "cosine": half a period, down to 0
+    milestones=(10, 20),   # epochs; report: "divided by 10, 20 epochs"
+    epochs=30,             # ours: three stages of ten epochs
+    iterations=0,          # steps in all; 0: use epochs
+    warmup=0,              # steps of a linear start; ours: clip_grad already tames the first steps
+
+    # batch norm and first weights
+    sync_bn=False,         # batch norm over all GPUs; ours: the report says it for SlowFast alone
+    init="imagenet",       # imagenet (torchvision's weights), none, or a checkpoint file; ours: the
+                           # report starts from Kinetics-600, but those weights are not public
+)
+LOG_EVERY = 20  # steps
+
+# What a run has reached; a checkpoint holds it too.
+FRESH = dict(
+    epoch=0,        # whole epochs
+    iteration=0,    # steps
+    best_map=-1.0,  # on validation, a fraction
+    best_epoch=0,
+    validated=0,    # the last step after which the network was validated
+    losses=[],      # of the steps since the last log line
+)
+
+
+# ---- losses: logits and labels (B, K) -> scalar ----------------------------------------------
 
 def scaled_bce(logits, labels, scale=160.0, weight=None):
-    """Binary cross-entropy, mean over videos and classes, times `scale`. logits, labels (B, K), weight (K,).
-    Report: simply scaling it by 160 gave "a huge performance gain", scaling the learning rate instead did not: weight
-    decay then weighs 160 times more. 160 of 313 classes, with 1.96 labels a video, is the loss summed per label."""
+    """Binary cross-entropy, averaged over videos and classes, times `scale`; weight (K,).
+
+    Report: the factor 160 gave "a huge performance gain", a learning rate times 160 did not.
+    Averaging over 313 classes shrinks the loss's gradient but not the weight decay; the factor
+    restores the balance. A video has 1.96 labels on average, and 313 / 1.96 is 160, so the scaled
+    loss is the sum over all classes, divided by the number of labels.
+    """
     logits = at_least_float32(logits)
-    weight = None if weight is None else weight.to(logits)
+    if weight is not None:
+        weight = weight.to(logits)
     return scale * F.binary_cross_entropy_with_logits(logits, labels.to(logits), weight=weight)
 
 
 def lsep(logits, labels):
-    """Log-sum-exp pairwise loss, log(1 + sum over negatives v, positives u of exp(f_v - f_u)), mean over rows (B, K).
-    The double sum is a product, so this is exact in O(K). 0 for rows without positives or negatives. Li, Song and Luo
-    2017; report: tried, not used."""
-    logits, positive = at_least_float32(logits), labels.bool()
-    lowest = torch.finfo(logits.dtype).min  # not -inf, whose gradient may be NaN where nothing is left to sum
-    negatives = logits.masked_fill(positive, lowest).logsumexp(1)
-    positives = (-logits).masked_fill(~positive, lowest).logsumexp(1)
+    """Log-sum-exp pairwise loss: log(1 + sum over negatives v and positives u of exp(f_v - f_u)),
+    averaged over videos; 0 for a video without positives or without negatives.
+
+    The double sum is a product of two sums, so this is exact without a matrix of pairs.
+    Li, Song and Luo 2017; report: tried, not used.
+    """
+    logits = at_least_float32(logits)
+    positive = labels.bool()
+    lowest = torch.finfo(logits.dtype).min  # not -inf, whose gradient can be NaN
+    negatives = logits.masked_fill(positive, lowest).logsumexp(dim=1)
+    positives = (-logits).masked_fill(~positive, lowest).logsumexp(dim=1)
     return torch.logaddexp(negatives + positives, torch.zeros_like(negatives)).mean()
 
 
-def warp(logits, labels, sampled=False, generator=None):
-    """Weighted approximate-rank pairwise loss, mean over rows (B, K). Per positive u, with V the number of negatives v
-    that violate its margin, 1 - f_u + f_v > 0: (1 + 1/2 + ... + 1/V) x the violators' mean of 1 - f_u + f_v.
-    sampled: the papers' estimate, which draws negatives until one violates, s of them, and takes floor((K - 1) / s) for
-    V; s is geometric, so no loop is needed. Weston, Bengio and Usunier 2011; report: tried, not used."""
-    logits, positive = at_least_float32(logits), labels.bool()
-    rows, columns = positive.nonzero(as_tuple=True)
-    margin = 1 - logits[rows, columns][:, None] + logits[rows]  # (positives of the batch, K)
-    violates = (margin > 0) & ~positive[rows]
-    count, classes = violates.sum(1), logits.shape[1]
-    weight = torch.cat([logits.new_zeros(1), (1 / torch.arange(1, classes + 1).to(logits)).cumsum(0)])  # by V from 0
-    if not sampled:
-        return (weight[count] * (margin * violates).sum(1) / count.clamp(min=1)).sum() / len(logits)
-    chance = count / (~positive[rows]).sum(1).clamp(min=1)
-    uniform = torch.rand(len(rows), generator=generator, dtype=torch.float64).to(logits.device)
-    draws = (uniform.log() / torch.log1p(-chance.double())).ceil().clamp(1, classes)
-    one = torch.multinomial((violates | (count == 0)[:, None]).double(), 1, generator=generator)
-    found = (count > 0) & (draws <= classes - 1)
-    weight = weight[((classes - 1) // draws).long()] * found
-    return (weight * margin.gather(1, one).squeeze(1)).sum() / len(logits)
+def warp(logits, labels):
+    """Weighted approximate-rank pairwise loss, averaged over videos.
+
+    For a positive u, a negative v violates the margin if 1 - f_u + f_v > 0. With V violators the
+    loss of u is (1 + 1/2 + ... + 1/V) times the violators' mean of 1 - f_u + f_v.
+    Weston, Bengio and Usunier 2011; report: tried, not used. The papers estimate V by sampling;
+    with 313 classes the exact number is cheap.
+    """
+    logits = at_least_float32(logits)
+    positive = labels.bool()
+
+    # One row for each pair of a video and one of its labels; there are P pairs in all.
+    videos, classes = positive.nonzero(as_tuple=True)
+    margin = 1 - logits[videos, classes][:, None] + logits[videos]  # (P, K)
+    violates = (margin > 0) & ~positive[videos]
+    count = violates.sum(dim=1)
+
+    # rank_weight[V] is 1 + 1/2 + ... + 1/V, and rank_weight[0] is 0
+    reciprocals = 1 / torch.arange(1, logits.shape[1] + 1).to(logits)
+    rank_weight = torch.cat([logits.new_zeros(1), reciprocals.cumsum(dim=0)])
+    mean_margin = (margin * violates).sum(dim=1) / count.clamp(min=1)
+    return (rank_weight[count] * mean_margin).sum() / len(logits)
 
 
 def at_least_float32(x):
@@ -80,359 +138,586 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def make_criterion(recipe, counts):
-    """The recipe's loss, (logits, labels) -> scalar. counts: training videos per class, for class_weight."""
-    scale, kind = recipe["loss_scale"], recipe["loss"]
-    if kind == "bce":  # report: weights (N_i / mean N) ** 1 or 0.5; gained slightly, not used
-        power = {"none": 0.0, "sqrt": 0.5, "ratio": 1.0}[recipe["class_weight"]]
-        weight = torch.tensor((counts / counts.mean()) ** power, dtype=torch.float32) if power else None
-        return functools.partial(scaled_bce, scale=scale, weight=weight)
-    losses = {"lsep": lsep, "warp": warp,  # ce is for single-label lists, such as Kinetics'
-              "ce": lambda logits, labels: F.cross_entropy(at_least_float32(logits), labels.argmax(1))}
-    return lambda logits, labels: scale * losses[kind](logits, labels)
+def class_weights(counts, kind):
+    """Training videos of each class, counts (K,) -> the classes' weights in the loss, or None.
+    Report: N_i / mean N ("ratio") or its root ("sqrt"); frequent classes weigh more."""
+    if kind == "none":
+        return None
+    weights = counts / counts.mean()
+    if kind == "sqrt":
+        weights = weights**0.5
+    return torch.tensor(weights, dtype=torch.float32)
 
+
+def compute_loss(logits, labels, recipe, class_weight=None):
+    """The recipe's loss in float32."""
+    scale = recipe["loss_scale"]
+    if recipe["loss"] == "bce":
+        return scaled_bce(logits, labels, scale, class_weight)
+    if recipe["loss"] == "lsep":
+        return scale * lsep(logits, labels)
+    if recipe["loss"] == "warp":
+        return scale * warp(logits, labels)
+    return scale * F.cross_entropy(at_least_float32(logits), labels.argmax(dim=1))
+
+
+# ---- schedule and order: pure functions, so that resuming needs no state -----------------------
 
 def learning_rate(iteration, total, recipe):
-    """The rate of step `iteration` of `total`, from 0; a pure function, so that resuming needs no scheduler.
-    Tenths at the milestones, or half a cosine counted from step 0; before `warmup`, a line from a tenth of the base to
-    the curve's own value there. The base is the recipe's lr, in proportion to the batch. Report; SlowFast's paper."""
+    """The learning rate of step `iteration` of `total`, counted from 0.
+
+    Report: a tenth at each milestone, or half a cosine over all steps. A warm-up is a line from a
+    tenth of the base rate to the curve's own value at its end (SlowFast's paper). The recipe's
+    values are for reference_batch clips a step: a larger batch gets a rate in proportion and a
+    shorter warm-up.
+    """
     base = recipe["lr"] * recipe["batch"] / recipe["reference_batch"]
     warmup = recipe["warmup"] * recipe["reference_batch"] / recipe["batch"]
     if iteration < warmup:
-        start, end = 0.1 * base, learning_rate(warmup, total, recipe)
+        start = 0.1 * base
+        end = learning_rate(warmup, total, recipe)
         return start + (end - start) * iteration / warmup
     if recipe["schedule"] == "cosine":
         return base * 0.5 * (1 + math.cos(math.pi * iteration / total))
-    return base * 0.1 ** sum(iteration * recipe["epochs"] >= milestone * total for milestone in recipe["milestones"])
+    passed = 0
+    for milestone in recipe["milestones"]:
+        first_step = milestone * total / recipe["epochs"]
+        if iteration >= first_step - 1e-6:  # epochs can be a fraction, with a rounding error
+            passed += 1
+    return base * 0.1**passed
 
 
-def batches(videos, batch, seed, start, total, rank, world, accumulate):
-    """For each step from `start`: `accumulate` lists of dataset indices, this process's parts of that step's batch.
-    An epoch is a permutation that depends on (seed, epoch) alone; what does not fill a batch is left for another."""
-    steps = videos // batch
+def batches(videos, batch, seed, start, total, rank, world):
+    """For each step from `start` on: the data set's indices of this process's share of the batch.
+    videos: how many there are. An epoch is a permutation of them; the incomplete last batch is
+    dropped."""
+    steps_per_epoch = videos // batch
+    order = None
     for iteration in range(start, total):
-        epoch, step = divmod(iteration, steps)
-        if step == 0 or iteration == start:
+        epoch, step = divmod(iteration, steps_per_epoch)
+        if step == 0 or order is None:
             order = np.random.default_rng([seed, epoch]).permutation(videos)
-        share = order[step * batch : (step + 1) * batch][rank::world]
-        for part in range(accumulate):
-            yield [int(row) + epoch * videos for row in share[part::accumulate]]
+        rows = order[step * batch : (step + 1) * batch][rank::world]
+        yield [epoch * videos + int(row) for row in rows]  # VideoList takes the epoch from this
 
 
-def order_blind_ceiling(videos):
-    """The best sample_map, a fraction, of a model that cannot tell a video from its reversal: each pair's labels are
-    tried in every order. None where the reversal (path + "_reversed") of some video is not in the list."""
-    labels = {video.path: video.labels for video in videos}
-    pairs = [(own, labels[f"{path}_reversed"]) for path, own in labels.items() if f"{path}_reversed" in labels]
-    if 2 * len(pairs) != len(labels):
-        return None
-    best = []
-    for pair in pairs:
-        union = sorted({*pair[0], *pair[1]})
-        orders = np.indices([len(union)] * len(union)).reshape(len(union), -1).T  # ties too: they can help
-        ap = [evaluate.average_precision(orders, np.tile(np.isin(union, own), (len(orders), 1))) for own in pair]
-        best.append(np.mean(ap, axis=0).max())
-    return float(np.mean(best))
+def step_seed(seed, iteration, rank):
+    """The seed of what a step draws: dropout, and TRN's tuples."""
+    return int(np.random.SeedSequence([seed, iteration, rank]).generate_state(1)[0])
 
 
-def save(path, checkpoint):
-    """The first process writes a checkpoint whole or not at all: a full disk or a kill leaves the previous one."""
-    part, problem = path.with_name(f"{path.name}.part"), ""
-    try:
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            torch.save(checkpoint, part)
-            os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        part.unlink(missing_ok=True)
-        problem = f"{path}: could not be written ({str(error).splitlines()[0]}); the one before is whole"
-    evaluate.raise_together(problem)
+# ---- first weights and checkpoints -----------------------------------------------------------
 
+def load_init(module, model, recipe, categories):
+    """Load the weights that the recipe's init names; returns a text that says what was read.
 
-def start_from(module, model, recipe):
-    """Load the weights that the recipe's init names into the model; a sentence on what was read and what was not.
-    A part that the file lacks as a whole, or whose shape depends on the number of classes or frames, keeps its initial
-    values. ValueError where the backbone, or part of another part, would: that network would train from nothing."""
+    Three kinds of tensors may keep their initial values: a classifier of other classes, linear
+    layers whose size depends on the number of frames, and whole parts that the file lacks, such as
+    TIN's small networks in a file of TSM. Any other mismatch raises a ValueError: that part of the
+    network would be trained from nothing, unnoticed.
+    """
     init = recipe["init"]
     if init == "none":
         return "init none: every tensor has its initial value"
     if init == "imagenet":
-        backbone = recipe.get("backbone") or f"resnet{recipe['depth']}"
-        try:
-            weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
-            checkpoint = weights.get_state_dict(progress=False)
-        except ValueError:
-            raise ValueError(f"--init imagenet: torchvision has no {backbone}; name a file, or none") from None
-        except OSError as error:
-            raise OSError(f"--init imagenet: cannot download {weights.url} ({error}); put it into "
-                          f"{torch.hub.get_dir()}/checkpoints, or pass --init none") from None
+        checkpoint = imagenet_weights(recipe)
     else:
         checkpoint = evaluate.read_checkpoint(init)
-    theirs, ours = evaluate.convert(module, checkpoint, init), model.state_dict()
-    fitting = {key for key in ours if key in theirs and ours[key].shape == theirs[key].shape}
+    theirs = evaluate.convert(module, checkpoint, init)
+    ours = model.state_dict()
+    problems = evaluate.misfits(theirs, ours)
+
+    # the classifier; one of the same size may still be for other classes
+    classifier = evaluate.classifier_keys(module, recipe)
+    config = checkpoint.get("config")
+    if isinstance(config, dict) and config.get("categories") not in (None, categories):
+        for key in classifier:
+            problems[key] = f"{key} is for other classes in the file"
+
+    # everything else
+    fitting = {key: theirs[key] for key in ours if key not in problems}
     parts = {key.split(".")[0] for key in fitting}
-    kept = {}
-    for key in sorted({*ours, *theirs} - fitting):
-        shapes = [str(tuple(state[key].shape)) if key in state else "absent" for state in (theirs, ours)]
-        part, reason = key.split(".")[0], f"{shapes[0]} in the file, {shapes[1]} here"
-        if part == "backbone" or key not in ours or (key not in theirs and part in parts):
-            raise ValueError(f"--init {init}: {key} is {reason}; the file is of another network or size")
-        kept.setdefault(part if key not in theirs else key, []).append(reason if key in theirs else "not in the file")
-    model.load_state_dict({key: theirs[key] for key in fitting}, strict=False)
-    return f"init {init}: {len(fitting)} of {len(ours)} tensors read" + "".join(
-        f"\n  keeps its initial value: {name} ({reasons[0]}{f', {len(reasons)} tensors' if len(reasons) > 1 else ''})"
-        for name, reasons in kept.items())
+    for key, problem in problems.items():
+        if key in classifier:
+            continue
+        if key not in ours:
+            allowed = False
+        elif key not in theirs:
+            allowed = key.split(".")[0] not in parts  # the file lacks the whole part
+        else:
+            allowed = ours[key].dim() <= 2  # a convolution does not depend on the frames
+        if not allowed:
+            raise ValueError(f"--init {init}: {problem}; the file is of another network or size")
+    if not fitting:
+        raise ValueError(f"--init {init}: nothing in the file fits this network")
+    model.load_state_dict(fitting, strict=False)
+
+    message = f"init {init}: {len(fitting)} of {len(ours)} tensors read"
+    kept = list(problems.values())
+    for problem in kept[:3]:
+        message += f"\n  keeps its initial value: {problem}"
+    if len(kept) > 3:
+        message += f"\n  and {len(kept) - 3} others"
+    return message
 
 
-def parse_arguments():
-    """(args, model file's module, recipe): the row of RECIPES, with every value that was given as a flag."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--model", required=True, metavar="NAME", help="a model file beside this script, such as tin")
-    first.add_argument("--recipe", metavar="ROW", help="a row of its RECIPES (toy without --data, else the first)")
-    first.add_argument("--data", metavar="DATA", help="a data folder (the toy, drawn into runs/toy)")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     parents=[first], allow_abbrev=False)
-    parser.add_argument("--out", metavar="DIR", help="for checkpoints and log (runs/MODEL)")
-    parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, or start if there is none")
-    parser.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="write last.pt within epochs too")
-    parser.add_argument("--accumulate", type=int, default=1, help="parts of a batch, to save memory (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes per process, 0: none (%(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, ... (cuda if there is one)")
-    parser.add_argument("--amp", default="off", choices=["off", "bf16", "fp16"], help="half precision (%(default)s)")
-    parser.add_argument("--channels-last", action="store_true", help="pixels before channels in memory: faster on GPUs")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network")
-    parser.add_argument("--skip-broken", action="store_true", help="train on the next video where one cannot be read")
-    parser.add_argument("--print-recipe", action="store_true", help="show each value with its source, and stop")
-    if not any(arg.startswith("--model") for arg in sys.argv):
-        parser.parse_args()  # says that --model is missing, or helps without the recipe's flags
-    known, _ = first.parse_known_args()
-    module, recipe, notes = evaluate.open_recipe(known.model, known.recipe or ("toy" if known.data is None else None))
-    evaluate.add_recipe_flags(parser, recipe, notes)
-    args = parser.parse_args()
-    given = {key: value for key, value in vars(args).items() if key in recipe}
-    if given.get("loss", "bce") != "bce":  # 160 belongs to the mean of binary cross-entropy
-        given.setdefault("loss_scale", 1.0)
-    recipe = evaluate.check_recipe({**recipe, **given})
-    if args.print_recipe:
-        for key, value in recipe.items():
-            print(f"{key:16} {value!s:24} {'given on the command line' if key in given else notes.get(key, '')}")
-        sys.exit()
-    if args.accumulate < 1 or min(args.save_every, args.workers, args.seed) < 0:
-        raise ValueError("--accumulate is at least 1, --save-every, --workers and --seed at least 0")
-    # Lists, as a checkpoint would hold, so that the two compare.
-    return args, module, {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.items()}
+def imagenet_weights(recipe):
+    """torchvision's ImageNet weights for the recipe's ResNet."""
+    backbone = recipe.get("backbone") or f"resnet{recipe['depth']}"
+    try:
+        weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
+    except ValueError:
+        raise ValueError(f"--init imagenet: torchvision has no {backbone}; name a file, or "
+                         "none") from None
+    try:
+        return weights.get_state_dict(progress=False)
+    except OSError as error:
+        raise OSError(f"--init imagenet: cannot download {weights.url} ({error}); put it into "
+                      f"{torch.hub.get_dir()}/checkpoints, or pass --init none") from None
 
 
-def open_lists(folder, recipe, seed, skip_broken):
-    """(training videos, validation videos by the recipe's one view, the latter's labels (N, K)) of a data folder."""
-    videos = data.VideoList(folder, "train", recipe, train=True, seed=seed, skip_broken=skip_broken)
-    views = functools.partial(evaluate.test_views, recipe=recipe, protocol=evaluate.make_protocol(recipe))
-    val = data.VideoList(folder, "val", recipe, train=False, views=views)
-    val_labels = evaluate.multi_hot(val.videos, len(val.categories))
-    if val_labels is None:
-        raise ValueError(f"{val.list}: no video has a label, so the best epoch cannot be told")
-    if recipe["loss"] == "ce" and any(len(video.labels) != 1 for video in videos.videos):
-        raise ValueError(f"{videos.list}: --loss ce needs exactly one label for every video")
-    return videos, val, val_labels
-
-
-def open_run(last, resume, config):
-    """What last.pt holds, or None without such a file. ValueError if it is not to be gone on with, or another run's."""
+def find_checkpoint(last, resume, config):
+    """What last.pt holds, or None if it is not there. ValueError if it is there but was not asked
+    for, or if it belongs to another run than this one."""
     if not last.exists():
         return None
     if not resume:
-        raise ValueError(f"{last}: a run is there already; go on with --resume, or choose another --out")
+        raise ValueError(f"{last}: a run is there already; continue it with --resume, or name "
+                         "another --out")
     checkpoint = evaluate.read_checkpoint(last)
-    theirs, ours = ({**some, **some["recipe"], "recipe": None} for some in (checkpoint["config"], config))
-    differences = [f"{key} {theirs.get(key)} there, {ours.get(key)} here" for key in {**theirs, **ours}
-                   if theirs.get(key) != ours.get(key)]
+    theirs = checkpoint["config"]
+    way_out = f"; to start a new run from its weights: --init {last} --out NEW"
+    try:
+        data.compare_categories(config["categories"], "this data folder", theirs["categories"],
+                                last)
+    except ValueError as error:
+        raise ValueError(f"{error}{way_out}") from None
+    if (config["videos"], config["list_hash"]) != (theirs["videos"], theirs["list_hash"]):
+        raise ValueError(f"{last}: was trained on another list, of {theirs['videos']} videos; the "
+                         f"list here has {config['videos']}{way_out}")
+
+    ours = {"model": config["model"], "seed": config["seed"], **config["recipe"]}
+    theirs = {"model": theirs["model"], "seed": theirs["seed"], **theirs["recipe"]}
+    differences = []
+    for key in {**ours, **theirs}:
+        if ours.get(key) != theirs.get(key):
+            differences.append(f"{key} {theirs.get(key)} there, {ours.get(key)} here")
     if differences:
-        raise ValueError(f"{last}: belongs to another run: {'; '.join(differences)}")
+        raise ValueError(f"{last}: belongs to another run: {', '.join(differences)}{way_out}")
     return checkpoint
+
+
+def make_optimizer(model, recipe, device, amp):
+    """SGD with one group for all parameters, as the report's authors have it, and fp16's scaler."""
+    # Not fused with fp16: if the scaler skips the first step, fused SGD starts with a momentum of
+    # whatever the memory held.
+    optimizer = torch.optim.SGD(model.parameters(), momentum=recipe["momentum"],
+                                nesterov=recipe["nesterov"], weight_decay=recipe["weight_decay"],
+                                fused=amp != "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    return optimizer, scaler
+
+
+def make_checkpoint(model, optimizer, scaler, state, config, videos):
+    """A plain dict that torch.load(weights_only=True) reads. Its keys have no prefix of DDP's or
+    torch.compile's, since `model` is the bare network."""
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(), **state, "config": config,
+            "class_counts": videos.class_counts.tolist()}
+
+
+def save(path, checkpoint):
+    """Write a checkpoint whole or not at all: until it is complete it has another name, so a full
+    disk or a kill leaves the previous one."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        torch.save(checkpoint, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        reason = str(error).split("\n")[0]
+        raise OSError(f"{path}: could not be written ({reason}); the previous "
+                      "checkpoint is intact") from None
+    finally:
+        part.unlink(missing_ok=True)  # only there if something went wrong
+
+
+def load_optimizer(optimizer, scaler, checkpoint):
+    """The state of a checkpoint, also if it was written with another --amp or --channels-last."""
+    fused = optimizer.param_groups[0]["fused"]
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    optimizer.param_groups[0]["fused"] = fused
+    if scaler.is_enabled() and checkpoint["scaler"]:
+        scaler.load_state_dict(checkpoint["scaler"])
+    # Fused SGD needs a momentum in its parameter's memory layout.
+    for parameter, values in optimizer.state.items():
+        momentum = torch.empty_like(parameter)
+        momentum.copy_(values["momentum_buffer"])
+        values["momentum_buffer"] = momentum
+
+
+# ---- the log ---------------------------------------------------------------------------------
+
+def clean_log(path, state):
+    """Drop from the log what a stopped run wrote after its last checkpoint."""
+    if not path.exists():
+        return
+    kept = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        if not text.endswith("}"):  # a kill cut it off
+            continue
+        line = json.loads(text)
+        written = state["iteration"]
+        if "val_map" in line:
+            written = state["validated"]
+        if line["step"] <= written:
+            kept.append(text)
+    data.write_lines(path, kept)
+
+
+def append_log(path, line):
+    """Add a dict to log.jsonl as a line of JSON."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def average_losses(losses, world):
+    """The losses of some steps, scalar tensors, as floats: means over the processes. Here training
+    waits for the GPU, so this is not done at every step."""
+    values = torch.stack(losses).float()
+    if world > 1:
+        dist.all_reduce(values)
+        values /= world
+    return values.tolist()
+
+
+def check_finite(state, grad_norm, amp):
+    """ValueError where training has gone wrong, before a checkpoint is written."""
+    finite = all(math.isfinite(loss) for loss in state["losses"])
+    if amp != "fp16":  # there the gradient overflows now and then, and the scaler skips the step
+        finite = finite and math.isfinite(grad_norm)
+    if not finite:
+        raise ValueError(f"the loss or its gradient is not finite at step {state['iteration']} or "
+                         "shortly before, and no checkpoint was written since; try a smaller --lr "
+                         "or --clip-grad, or --amp bf16 in place of fp16")
+
+
+def print_settings(args, recipe, device, world, model, videos, val):
+    """The whole recipe, the device, the network and the videos."""
+    for key, value in recipe.items():
+        print(f"  {key:16} {value}")
+    hardware = f"{torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, "
+          f"{world} x {device.type} ({hardware})")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{args.model}: {parameters:,} parameters, {len(videos.categories)} classes")
+    print(videos.describe())
+    print(val.describe())
+
+
+def print_plan(recipe, world, steps_per_epoch, total, start):
+    """The batch, the steps and the learning rate that follow from the recipe."""
+    batch = recipe["batch"]
+    reference = recipe["reference_batch"]
+    print(f"batch {batch} = {world} processes x {batch // world} clips; "
+          f"{steps_per_epoch} steps an epoch, {total} in all, from {start}")
+    print(f"learning rate {recipe['lr']} x {batch} / {reference} = "
+          f"{recipe['lr'] * batch / reference:g}")
+    if total < 100:
+        print(f"warning: {total} steps are too few to learn much; raise --epochs, or lower --batch "
+              "for more steps an epoch, and start from a trained network with --init FILE")
+    if start == total:
+        print("finished already")
+
+
+def print_step(line, recipe, total, device):
+    """Print a line of the log for people to read, with the time that is left."""
+    seconds = (total - line["step"]) * recipe["batch"] / line["clips_per_s"]
+    left = datetime.timedelta(seconds=int(seconds))
+    memory = ""
+    if device.type == "cuda":
+        memory = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GB  "
+    print(f"epoch {line['epoch']} step {line['step']}/{total}  loss {line['loss']:.3f} "
+          f"({line['loss'] / recipe['loss_scale']:.4f} unscaled)  lr {line['lr']:.5f}  "
+          f"grad {line['grad_norm']:.1f}  {line['clips_per_s']:.1f} clips/s  "
+          f"data {100 * line['data_share']:.0f} %  {memory}left {left}", flush=True)
+
+
+# ---- the parts of a run ----------------------------------------------------------------------
+
+def open_videos(folder, recipe, args):
+    """(training videos, validation videos seen by one view, the labels of these (N, K))."""
+    videos = data.VideoList(folder, "train", recipe, train=True, seed=args.seed,
+                            skip_broken=args.skip_broken)
+    views = functools.partial(evaluate.test_views, recipe=recipe,
+                              protocol=evaluate.make_protocol(recipe, "clip"))
+    val = data.VideoList(folder, "val", recipe, train=False, views=views)
+    val_labels = evaluate.multi_hot(val)
+    if val_labels is None:
+        raise ValueError(f"{val.list}: no video has a label, so the best epoch cannot be told")
+    if recipe["loss"] == "ce":
+        for row in range(len(videos)):
+            video = videos.video(row)
+            if len(video.labels) != 1:
+                raise ValueError(f"{videos.list}:{video.line}: {len(video.labels)} labels; "
+                                 "--loss ce needs exactly one for every video")
+    return videos, val, val_labels
+
+
+def count_steps(recipe, videos, world):
+    """(steps of an epoch, steps in all)."""
+    batch = recipe["batch"]
+    if batch > len(videos):
+        largest = len(videos) // world * world
+        raise ValueError(f"--batch {batch}: more than the {len(videos)} videos of {videos.list}; "
+                         f"try --batch {largest}")
+    if batch % world != 0:
+        raise ValueError(f"--batch {batch}: is split over {world} processes, so it must be a "
+                         f"multiple of {world}")
+    steps_per_epoch = len(videos) // batch
+    if recipe["iterations"] > 0:
+        total = round(recipe["iterations"] * recipe["reference_batch"] / batch)
+        return steps_per_epoch, max(total, 1)
+    return steps_per_epoch, recipe["epochs"] * steps_per_epoch
+
+
+def validate(model, val, val_labels, recipe, device, world, args, autocast):
+    """(mAP, text for the log line): every validation video, seen by one view."""
+    # Every process has updated its own running means since the last step began. Copy those of the
+    # first process, so that all score the network that it saves.
+    if world > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+    scores = evaluate.predict(model, val, val_labels.shape[1], recipe, device,
+                              workers=args.workers, autocast=autocast,
+                              channels_last=args.channels_last)
+    val_map = evaluate.sample_map(scores, val_labels)
+    text = f"val mAP {100 * val_map:.2f}"
+    if recipe["loss"] == "ce":
+        top1, top5 = evaluate.hit_rates(scores, val_labels)
+        text += f"  top-1 {100 * top1:.2f}  top-5 {100 * top5:.2f}"
+    return val_map, text
+
+
+def parse_arguments():
+    """(args, the model file's module, recipe): a row of RECIPES with the values given as flags."""
+    basic = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    basic.add_argument("--model", metavar="NAME",
+                       help="a model file beside this script, such as tin")
+    basic.add_argument("--recipe", metavar="ROW",
+                       help="a row of its RECIPES (toy without --data, else the first)")
+    basic.add_argument("--data", metavar="DATA",
+                       help="a data folder (the toy, drawn into runs/toy)")
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[basic], allow_abbrev=False,
+        epilog="--model NAME --help shows the flags of the recipe's values too.")
+    add = parser.add_argument
+    add("--out", metavar="DIR", help="for checkpoints and log (runs/MODEL)")
+    add("--resume", action="store_true", help="go on from OUT/last.pt, or start if there is none")
+    add("--save-every", type=int, default=500, metavar="STEPS",
+        help="write last.pt after so many steps, and after every epoch (%(default)s)")
+    add("--seed", type=int, default=0, help="random seed (%(default)s)")
+    add("--workers", type=int, default=2,
+        help="loader processes per process, 0: none (%(default)s)")
+    add("--device", help="cpu, cuda, ... (cuda if there is one)")
+    add("--amp", default="off", choices=["off", "bf16", "fp16"],
+        help="half precision (%(default)s)")
+    add("--channels-last", action="store_true", help="channels innermost in memory: faster on GPUs")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--skip-broken", action="store_true",
+        help="replace a training video that cannot be read by the next one")
+
+    # the recipe, whose keys are flags too
+    known, _ = basic.parse_known_args()
+    if known.model is None:
+        parser.parse_known_args()  # prints --help, if it was asked for
+        parser.error("which network? --model NAME, a model file such as tin")
+    row = known.recipe
+    if row is None and known.data is None:
+        row = "toy"
+    module, recipe = evaluate.open_model(known.model, row, (data.RECIPE, evaluate.RECIPE, RECIPE))
+    evaluate.add_recipe_flags(parser, recipe)
+    args = parser.parse_args()
+
+    given = {key: value for key, value in vars(args).items() if key in recipe}
+    if given.get("loss", "bce") != "bce" and "loss_scale" not in given:
+        given["loss_scale"] = 1.0  # 160 belongs to the mean of binary cross-entropy
+    recipe = evaluate.override(recipe, given)
+    check_arguments(args, recipe)
+    for key, value in recipe.items():
+        if isinstance(value, tuple):
+            recipe[key] = list(value)  # as a checkpoint holds it, so that the two compare
+    return args, module, recipe
+
+
+def check_arguments(args, recipe):
+    """ValueError with the flag, if the values cannot be used."""
+    evaluate.check_recipe(recipe)
+    if recipe["epochs"] < 1 and recipe["iterations"] < 1:
+        raise ValueError(f"--epochs {recipe['epochs']}: at least 1")
+    if recipe["class_weight"] != "none" and recipe["loss"] != "bce":
+        raise ValueError(f"--class-weight {recipe['class_weight']}: goes with --loss bce")
+    if args.save_every < 1:
+        raise ValueError(f"--save-every {args.save_every}: at least 1")
+    if args.workers < 0:
+        raise ValueError(f"--workers {args.workers}: at least 0")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: at least 0")
 
 
 def main():
     args, module, recipe = parse_arguments()
-    rank, world, device = evaluate.start_process(args.device)
-    say = functools.partial(print, flush=True) if rank == 0 else (lambda *_, **__: None)
-    all_reduce = dist.all_reduce if world > 1 else (lambda *_: None)
     out = Path(args.out or f"runs/{args.model}")
-    last, log = out / "last.pt", out / "log.jsonl"
-    videos, val, val_labels = open_lists(args.data or evaluate.toy_folder(rank), recipe, args.seed, args.skip_broken)
-    counts = np.bincount([label for video in videos.videos for label in video.labels], minlength=len(videos.categories))
-    batch, steps = recipe["batch"], len(videos) // recipe["batch"]  # clips of a step, steps of an epoch
-    share, rest = divmod(batch, world * args.accumulate)  # clips at once in a process
-    if rest or not steps:
-        raise ValueError(f"--batch {batch}: has to be a multiple of {world} processes x --accumulate {args.accumulate} "
-                         f"and at most {len(videos)}, the videos of {videos.list}")
-    total = round(recipe["epochs"] * steps if "epochs" in recipe else
-                  recipe["iterations"] * recipe["reference_batch"] / batch)
 
+    # ---- processes and device
+    rank, world, device = evaluate.start_process(args.device)
+    main_process = rank == 0  # prints, logs and saves
+    torch.backends.cudnn.benchmark = True  # clips have one size: let cuDNN try its algorithms
+
+    # ---- videos
+    folder = args.data or evaluate.toy_folder(rank)
+    videos, val, val_labels = open_videos(folder, recipe, args)
+    steps_per_epoch, total = count_steps(recipe, videos, world)
+    batch = recipe["batch"]
+
+    # ---- model and optimiser
     torch.manual_seed(args.seed)  # the same initial values in every process
     model = module.build(recipe, len(videos.categories)).to(device)
-    config = {"model": args.model, "recipe": recipe, "seed": args.seed, "categories": videos.categories,
-              "mean": recipe["mean"], "std": recipe["std"]}
-    restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))  # a node counts its own alone
-    all_reduce(restarts, dist.ReduceOp.MAX)
-    checkpoint = open_run(last, args.resume or restarts > 0, config)
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-    else:
-        say(start_from(module, model, recipe))
-    start, best = (checkpoint["iteration"], checkpoint["best_map"]) if checkpoint else (0, -1.0)
-
-    if args.channels_last:
-        video = any(parameter.dim() == 5 for parameter in model.parameters())
-        model.to(memory_format=torch.channels_last_3d if video else torch.channels_last)
-    if recipe["sync_bn"] and world > 1 and device.type == "cuda":  # on CPU PyTorch refuses it
+    if recipe["sync_bn"] and world > 1 and device.type == "cuda":  # PyTorch refuses it on a CPU
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    net = model  # `model` stays bare, for checkpoints and evaluation; `net` is what is trained
+    if args.channels_last:
+        evaluate.use_channels_last(model)
+    optimizer, scaler = make_optimizer(model, recipe, device, args.amp)
+
+    # ---- first weights, or those of the run that is resumed
+    config = {"model": args.model, "recipe": recipe, "seed": args.seed,
+              "categories": videos.categories, "videos": len(videos), "list_hash": videos.hash}
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
+    checkpoint = find_checkpoint(out / "last.pt", args.resume or restarted, config)
+    state = dict(FRESH)
+    if checkpoint is None:
+        message = load_init(module, model, recipe, videos.categories)
+    else:
+        model.load_state_dict(checkpoint["model"])
+        load_optimizer(optimizer, scaler, checkpoint)
+        state = {key: checkpoint[key] for key in FRESH}
+        message = f"goes on from {out / 'last.pt'}"
+    step = state["iteration"]
+    if main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        clean_log(out / "log.jsonl", state)
+        print_settings(args, recipe, device, world, model, videos, val)
+        print_plan(recipe, world, steps_per_epoch, total, step)
+        print(message, flush=True)
+
+    # ---- `model` stays the bare network, for checkpoints and validation; `net` is what is trained
+    net = model
     if world > 1:
         net = torch.nn.parallel.DistributedDataParallel(model)
     if args.compile:
         net = torch.compile(net)
-    # Not fused in fp16: where the scaler skips the first step, fused SGD keeps what its momentum had in memory before.
-    optimizer = torch.optim.SGD(model.parameters(), momentum=recipe["momentum"], nesterov=recipe["nesterov"],
-                                weight_decay=recipe["weight_decay"], fused=True if args.amp != "fp16" else None)
-    half = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
-    autocast = functools.partial(torch.autocast, device.type, half, enabled=half is not None)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for parameter, state in optimizer.state.items():  # fused SGD takes the parameter's own layout for granted
-            state["momentum_buffer"] = torch.empty_like(parameter).copy_(state["momentum_buffer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-    criterion = make_criterion(recipe, counts)
+    autocast = evaluate.make_autocast(device, args.amp)
+    class_weight = class_weights(videos.class_counts, recipe["class_weight"])
+    max_norm = recipe["clip_grad"] or math.inf
+    rate_recipe = {**recipe, "epochs": total / steps_per_epoch}  # also if iterations are counted
 
-    lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
-    lines = [line for line in lines if line["step"] <= start]  # what a stopped run wrote after its last checkpoint goes
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        if log.exists():
-            data.write_lines(log, [json.dumps(line) for line in lines])
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    say(*(f"  {key:16} {value}" for key, value in recipe.items()), sep="\n")
-    say(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {world} x {device.type} ({hardware})")
-    say(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(counts)} classes")
-    for some in (videos, val):
-        labels = sum(len(video.labels) for video in some.videos) / len(some)
-        say(f"{some.list}: {len(some)} videos, {labels:.2f} labels each; {some.left_out} lines left out")
-    say(f"batch {batch} = {world} processes x {share} clips x {args.accumulate}; "
-        f"{steps} steps an epoch, {total} in all, from {start}")
-    say(f"learning rate {recipe['lr']} x {batch} / {recipe['reference_batch']} = "
-        f"{recipe['lr'] * batch / recipe['reference_batch']:g}")
+    def save_as(name):
+        if main_process:
+            save(out / name, make_checkpoint(model, optimizer, scaler, state, config, videos))
 
-    def record(line):
-        lines.append(line)
-        if rank == 0:
-            with open(log, "a") as file:
-                print(json.dumps(line), file=file)
-
-    def stop_if_not_finite():
-        all_reduce(bad_step, dist.ReduceOp.MIN)
-        if bad_step < total:
-            raise ValueError(f"step {int(bad_step) + 1}: the gradient is not finite; no checkpoint was written since, "
-                             "try a smaller --lr or --clip-grad, or --amp bf16 in place of fp16")
-
-    def write(name):
-        stop_if_not_finite()
-        save(out / name, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                          "scaler": scaler.state_dict(), "epoch": done // steps, "iteration": done, "best_map": best,
-                          "config": config, "class_counts": counts.tolist()})
-
-    stopped_by = [0]
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: stopped_by.append(number))
-    drawn = functools.partial(batches, len(videos), batch, args.seed, start, total, rank, world, args.accumulate)
-    loader = torch.utils.data.DataLoader(videos, batch_sampler=drawn(), num_workers=args.workers,
-                                         pin_memory=device.type == "cuda", worker_init_fn=data.leave_process_group)
-    stream, wanted = iter(loader), drawn()
-    bad_step = torch.tensor(total, device=device)  # the first step whose gradient was not finite
-    loss_sum = torch.zeros((), device=device)
-    replaced = torch.tensor(0)  # clips of this epoch
-    done, window, waited, since = start, 0, 0.0, time.time()
-    for iteration in range(start, total):
-        asked, problem = time.time(), ""
-        try:
-            parts = [next(stream) for _ in range(args.accumulate)]
-        except OSError as error:
-            problem = str(error.with_traceback(None))  # whose frames would keep the loader's workers alive
-        waited += time.time() - asked
-        events = torch.tensor([len(problem) > 0, stopped_by[-1]], dtype=torch.int)
-        all_reduce(events, dist.ReduceOp.MAX)  # all processes leave together, or none
-        if events.any():
-            evaluate.raise_together(problem)
-            write("last.pt")
-            say(f"stopped after step {done} of {total}; the same command with --resume goes on from {last}")
+    # ---- the loop
+    indices = batches(len(videos), batch, args.seed, step, total, rank, world)
+    loader = torch.utils.data.DataLoader(
+        videos, batch_sampler=indices, num_workers=args.workers,
+        pin_memory=device.type == "cuda", worker_init_fn=data.ignore_interrupts)
+    stream = iter(data.load(loader))
+    new_losses = []  # tensors on the device; state["losses"] has the older ones as numbers
+    steps_since_log = 0
+    seconds_waited = 0.0  # for clips, since the last log line
+    log_time = time.time()
+    while True:
+        # Validate after every epoch and after the last step. This comes first in the loop, because
+        # a resumed run may have to begin with it.
+        if state["validated"] < step and (step % steps_per_epoch == 0 or step == total):
+            paused = time.time()
+            val_map, text = validate(model, val, val_labels, recipe, device, world, args, autocast)
+            epoch = math.ceil(step / steps_per_epoch)
+            state["validated"] = step
+            if main_process:
+                print(f"epoch {epoch}  {text}", flush=True)
+                append_log(out / "log.jsonl", {"epoch": epoch, "step": step, "val_map": val_map})
+            if val_map > state["best_map"]:
+                state["best_map"] = val_map
+                state["best_epoch"] = epoch
+                save_as("best.pt")
+            save_as("last.pt")
+            log_time += time.time() - paused  # not the time of training
+        if step == total:
             break
 
-        torch.manual_seed(int(np.random.SeedSequence([args.seed, iteration, rank]).generate_state(1)[0]))
-        rate = learning_rate(iteration, total, {"epochs": total / steps, **recipe})
-        optimizer.param_groups[0]["lr"] = rate
-        for part, (clip, labels, rows) in enumerate(parts, 1):
-            replaced += (rows != torch.tensor(next(wanted)) % len(videos)).sum()
-            clip, labels = clip.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            with net.no_sync() if world > 1 and part < args.accumulate else contextlib.nullcontext():
-                with autocast():
-                    logits = net(data.normalise(clip, recipe["mean"], recipe["std"], args.channels_last))
-                loss = criterion(logits, labels) / args.accumulate  # in float32, outside autocast
-                scaler.scale(loss).backward()
-            loss_sum += loss.detach()
+        # a batch: uint8 (B, T, H, W, 3) -> float (B, T, 3, H, W), and labels (B, K)
+        asked = time.time()
+        clips, labels, _ = next(stream)
+        seconds_waited += time.time() - asked
+        clips = clips.to(device, non_blocking=True)
+        clips = data.normalise(clips, recipe["mean"], recipe["std"], args.channels_last)
+        labels = labels.to(device, non_blocking=True)
+
+        # What a step draws depends on (seed, step, rank) alone: no generator's state to resume.
+        torch.manual_seed(step_seed(args.seed, step, rank))
+        lr = learning_rate(step, total, rate_recipe)
+        optimizer.param_groups[0]["lr"] = lr
+
+        # forward and backward
+        with autocast:
+            logits = net(clips)
+        loss = compute_loss(logits, labels, recipe, class_weight)  # in float32, outside autocast
+        scaler.scale(loss).backward()
+
+        # update
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe["clip_grad"] or math.inf)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        # fp16 overflows now and then, and its scaler skips the step: there only a bad loss tells of trouble.
-        fine = torch.isfinite(loss_sum if args.amp == "fp16" else norm)
-        bad_step = torch.where(fine, bad_step, bad_step.clamp(max=iteration))
-        done, epoch, window = iteration + 1, iteration // steps + 1, window + 1
+        new_losses.append(loss.detach())
+        step += 1
+        steps_since_log += 1
 
-        if done % 20 == 0 or done == total:
-            stop_if_not_finite()
-            all_reduce(loss_sum)
-            seconds, value = time.time() - since, loss_sum.item() / window / world
-            record({"epoch": epoch, "step": done, "loss": value, "lr": rate, "grad_norm": norm.item(),
-                    "clips_per_s": window * batch / seconds, "data_share": waited / seconds})
-            memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * resource.getrusage(
-                resource.RUSAGE_SELF).ru_maxrss
-            left = datetime.timedelta(seconds=int((total - done) * seconds / window))
-            say(f"epoch {epoch} step {done}/{total}  loss {value:.3f} ({value / recipe['loss_scale']:.4f} unscaled)  "
-                f"lr {rate:.5f}  grad {norm.item():.1f}  {window * batch / seconds:.1f} clips/s  "
-                f"data {100 * waited / seconds:.0f} %  {memory / 2**30:.1f} GB  left {left}")
-            loss_sum.zero_()
-            window, waited, since = 0, 0.0, time.time()
-        if done % steps == 0 or done == total:
-            stop_if_not_finite()
-            paused = time.time()
-            all_reduce(replaced)
-            for buffer in model.buffers() if world > 1 else ():  # running means differ: the scored must be the saved
-                dist.broadcast(buffer, 0)
-            scores = evaluate.predict(model, val, len(counts), recipe, device, workers=args.workers,
-                                      autocast=autocast())
-            score = evaluate.sample_map(scores, val_labels)
-            record({"epoch": epoch, "step": done, "val_map": score})
-            hits = np.take_along_axis(val_labels, np.argsort(-scores, axis=1), axis=1)  # labels, likeliest class first
-            top = f"  top-1 {100 * hits[:, 0].mean():.2f}  top-5 {100 * hits[:, :5].any(1).mean():.2f}"
-            say(f"epoch {epoch}  val mAP {100 * score:.2f}" + top * (recipe["loss"] == "ce")
-                + f"  ({replaced} broken videos replaced)" * args.skip_broken)
-            if score > best:  # written first: after a kill between the two files, the run repeats both
-                best = score
-                write("best.pt")
-            write("last.pt")
-            replaced.zero_()
-            since += time.time() - paused
-        elif args.save_every and done % args.save_every == 0:
-            write("last.pt")
+        # log and save; last.pt is written before validation, so a kill there loses no step
+        log_now = step % LOG_EVERY == 0 or step == total
+        save_now = step % args.save_every == 0 or step % steps_per_epoch == 0 or step == total
+        if log_now or save_now:
+            state["iteration"] = step
+            state["epoch"] = step // steps_per_epoch
+            state["losses"] = state["losses"] + average_losses(new_losses, world)
+            new_losses.clear()
+            check_finite(state, grad_norm.item(), args.amp)
+        if log_now:
+            seconds = time.time() - log_time
+            line = {"epoch": math.ceil(step / steps_per_epoch), "step": step,
+                    "loss": sum(state["losses"]) / len(state["losses"]), "lr": lr,
+                    "grad_norm": grad_norm.item(), "clips_per_s": steps_since_log * batch / seconds,
+                    "data_share": seconds_waited / seconds}
+            if main_process:
+                append_log(out / "log.jsonl", line)
+                print_step(line, recipe, total, device)
+            state["losses"] = []
+            steps_since_log = 0
+            seconds_waited = 0.0
+            log_time = time.time()
+        if save_now:
+            save_as("last.pt")
 
-    if done == total:
-        epoch = next((line["epoch"] for line in lines if line.get("val_map") == best), "not in the log")
-        ceiling = order_blind_ceiling(val.videos)
-        say("finished already: " * (start == total) + f"best val mAP {100 * best:.2f} (epoch {epoch})"
-            + (f" order-blind ceiling {100 * ceiling:.2f}" if ceiling is not None else ""))
+    # ---- the result
+    if main_process:
+        print(f"best val mAP {100 * state['best_map']:.2f} (epoch {state['best_epoch']})")
     evaluate.end_process()
-    return 0 if done == total else 128 + int(events[1])
+    return 0
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    data.run_script(main, "stopped; the same command with --resume goes on from OUT/last.pt")

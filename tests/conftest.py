@@ -1,15 +1,17 @@
-"""What several test files need: the scripts on the path, one thread, a second process for half of the tests, and the
-golden figures of the original authors.
+"""What several test files share: the scripts on the path, ways to run them, a tiny model file, and
+the golden figures of the original authors.
 
-tests/golden/*.npz hold what the authors' own code answered, but no weights: every tensor of their checkpoint is redrawn
-from (seed, its name, its shape), so that a file in their own layout can be made on any machine.
+tests/golden/*.npz hold what the authors' own code answered, but no weights: every tensor of their
+checkpoint is redrawn from (seed, its name, its shape), so that a file in their own layout can be
+made on any machine.
 """
+import importlib
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
-import tempfile
-import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,129 +22,177 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["PYTHONPATH"] = str(ROOT)  # for the scripts that tests start
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # also in the scripts that tests start
 torch.set_num_threads(1)
 
-
-BESIDE = {"test_train.py", "test_repo.py", "test_figures.py"}  # half of the time, and most of it is waiting for scripts
-REPORTS = os.environ.pop("TESTS_BESIDE", None)  # in the second process: the file for its reports, each a line of JSON
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "torture: many kills of a training run; TORTURE=1 runs them")
+# A model file of two layers, for tests of the scripts: quick, with batch norm and dropout.
+TINY = '''"""A tiny network, to test the scripts."""
+import torch
+import torch.nn as nn
 
 
-@pytest.hookimpl(trylast=True)  # after -k has chosen
-def pytest_collection_modifyitems(config, items):
-    """Where tests of both kinds are asked for, a second pytest with the same arguments runs those of BESIDE. This one
-    takes them last, and says what the second found."""
-    beside = [item for item in items if item.path.name in BESIDE]
-    if REPORTS:
-        items[:], config.reports = beside, open(REPORTS, "w")
-    elif 0 < len(beside) < len(items) and not config.option.collectonly and not config.option.usepdb:
-        items.sort(key=lambda item: item.path.name in BESIDE)
-        folder = tempfile.TemporaryDirectory()
-        reports, output = (Path(folder.name, name) for name in ("reports", "output"))
-        reports.touch()
-        command = [sys.executable, "-m", "pytest", *config.invocation_params.args, "-o", f"cache_dir={folder.name}/cache"]
-        process = subprocess.Popen(command, env={**os.environ, "TESTS_BESIDE": reports}, stderr=subprocess.STDOUT,
-                                   stdout=open(output, "w"), cwd=config.invocation_params.dir)
-        config.beside = SimpleNamespace(process=process, reports=open(reports), output=output)
-        for last in (folder.cleanup, process.wait, process.terminate):  # called in reverse
-            config.add_cleanup(last)
+class Tiny(nn.Module):
+    """clip (B, T, 3, H, W) -> logits (B, K)."""
+
+    def __init__(self, num_classes, frames, norm, dropout):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2)
+        self.norm = nn.BatchNorm2d(8) if norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(8 * frames, num_classes)
+
+    def forward(self, clip):
+        x = self.conv(clip.flatten(0, 1))
+        x = torch.relu(self.norm(x)).mean(dim=(2, 3))
+        x = x.unflatten(0, clip.shape[:2]).flatten(1)
+        return self.fc(self.dropout(x))
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_makereport(item):
-    """The second process hands its reports over."""
-    report = yield
-    if REPORTS:
-        line = item.config.hook.pytest_report_to_serializable(config=item.config, report=report)
-        print(json.dumps(line), file=item.config.reports, flush=True)
-    return report
+def build(recipe, num_classes):
+    return Tiny(num_classes, recipe["frames"], recipe["norm"], recipe["dropout"])
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item):
-    """A test that the second process runs: wait for its reports, and log them as this one's."""
-    beside = getattr(item.config, "beside", None)
-    if beside is None or item.path.name not in BESIDE:
-        return None
-    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    report, line = None, ""
-    while report is None or report.when != "teardown":
-        ended, line = beside.process.poll() is not None, line + beside.reports.readline()
-        if line.endswith("\n"):
-            report, line = item.config.hook.pytest_report_from_serializable(config=item.config, data=json.loads(line)), ""
-            assert report.nodeid == item.nodeid, "the two processes have other tests: choose them one file at a time"
-            item.ihook.pytest_runtest_logreport(report=report)
-        elif ended:
-            raise RuntimeError(f"the process beside ended before {item.nodeid}:\n{beside.output.read_text()[-3000:]}")
-        else:
-            time.sleep(0.05)
-    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-    return True
+RECIPES = {
+    "toy": dict(frames=4, norm=True, dropout=0.5, lr=0.2, epochs=6, batch=8, reference_batch=8),
+}
+
+
+def convert(checkpoint):
+    return checkpoint["model"]
+'''
+
+
+def close(ours, expected, tolerance=1e-4):
+    """Assert that tensors are equal but for `tolerance` times the largest expected value."""
+    expected = torch.as_tensor(expected)
+    ours = torch.as_tensor(ours)
+    assert ours.shape == expected.shape
+    largest = expected.abs().max().item()
+    assert (ours - expected).abs().max().item() <= tolerance * max(largest, 1e-6)
+
+
+def call(script, *arguments):
+    """Run a script's main in this process, as `python SCRIPT.py ARGUMENTS` does -> exit status."""
+    module = importlib.import_module(script)
+    sys_argv = sys.argv
+    sys.argv = [f"{script}.py", *[str(argument) for argument in arguments]]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module("data").run_script(module.main)
+    finally:
+        sys.argv = sys_argv
+    return stop.value.code or 0
+
+
+def python(file, *arguments, cwd=None, timeout=300, **environ):
+    """Run a Python file as a process of its own -> its status, stdout and stderr."""
+    command = [sys.executable, str(file), *[str(argument) for argument in arguments]]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, **{key: str(value) for key, value in environ.items()}})
+
+
+def torchrun(processes, file, *arguments, cwd=None, timeout=300, **environ):
+    """The same by several processes, as torchrun starts them."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+                "--master-port", str(free_port())]
+    command = [sys.executable, *launcher, str(file), *[str(argument) for argument in arguments]]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, **{key: str(value) for key, value in environ.items()}})
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def scripts_with_tiny(folder):
+    """Copy the scripts into a folder, with tiny.py beside them: --model tiny works there."""
+    for name in ("data", "evaluate", "train", "ensemble"):
+        shutil.copy(ROOT / f"{name}.py", folder)
+    (folder / "tiny.py").write_text(TINY)
+    return folder
 
 
 def drawn_tensors(shapes, seed):
-    """{name: shape} -> {name: tensor}, each depending only on the seed, its own name and its shape."""
+    """{name: shape} -> {name: tensor}. A tensor depends on the seed, its name and its shape alone."""
     tensors = {}
     for name, shape in shapes.items():
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         if name.endswith("num_batches_tracked"):
-            value = np.zeros(shape, np.int64)
-        elif name.endswith("running_var"):
+            tensors[name] = torch.zeros(shape, dtype=torch.int64)
+            continue
+
+        if name.endswith("running_var"):
             value = rng.uniform(0.5, 1.5, shape)
         elif name.endswith("running_mean"):
             value = 0.1 * rng.standard_normal(shape)
-        elif len(shape) >= 2:
+        elif len(shape) >= 2:  # a layer's weights: its output is about as large as its input
             value = rng.standard_normal(shape) * np.sqrt(1 / np.prod(shape[1:]))
         elif name.endswith("bias"):
             value = 0.1 * rng.standard_normal(shape)
-        else:
+        else:  # the weights of a batch norm
             value = rng.uniform(0.6, 1.2, shape)
-        tensors[name] = torch.from_numpy(value if value.dtype == np.int64 else value.astype(np.float32))
+        tensors[name] = torch.from_numpy(value.astype(np.float32))
     return tensors
 
 
+def fill(module):
+    """Draw every tensor of a module, so that none is 0, 1 or equal to another by accident."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    module.load_state_dict(drawn_tensors(shapes, seed=0), assign=True)
+    return module
+
+
 def drawn_clip(shape, seed):
-    """A clip (B, T, 3, H, W) of drifting waves, normalised, that really moves over T."""
+    """A clip (B, T, C, H, W) of waves that drift over T, about as large as a normalised one."""
     B, T, C, H, W = shape
     rng = np.random.default_rng([seed, 77])
     y, x = np.mgrid[0:H, 0:W] / max(H, W)
     clip = np.zeros(shape)
     for b in range(B):
         for c in range(C):
-            for _ in range(6):
+            for wave in range(6):
                 fx, fy = rng.uniform(-6, 6, 2)
-                speed, phase, size = rng.uniform(-2.5, 2.5), rng.uniform(0, 6.28), rng.uniform(0.4, 1.0)
+                speed = rng.uniform(-2.5, 2.5)
+                phase = rng.uniform(0, 6.28)
+                size = rng.uniform(0.4, 1.0)
                 for t in range(T):
                     clip[b, t, c] += size * np.sin(6.28 * (fx * x + fy * y) + speed * t + phase)
-    return torch.from_numpy((clip + 0.1 * rng.standard_normal(shape)).astype(np.float32))
+    clip += 0.1 * rng.standard_normal(shape)
+    return torch.from_numpy(clip.astype(np.float32))
 
 
 def golden(name):
-    """The case tests/golden/NAME.npz: .module, .options (of our constructor), .checkpoint (the authors' file, as read),
-    .clip, and .arrays, of which "logits" is their answer."""
+    """The case tests/golden/NAME.npz.
+
+    .module       the name of our model file
+    .options      of our constructor
+    .checkpoint   the authors' file, as read
+    .clip         what they gave to their network
+    .arrays       {name: array}, of which "logits" is their answer
+    """
     with np.load(ROOT / "tests" / "golden" / f"{name}.npz") as file:
         arrays = dict(file)
     meta = json.loads(str(arrays.pop("meta")))
-    tensors = drawn_tensors(meta["shapes"], meta["seed"])
-    prefix, key = meta["container"].get("prefix") or "", meta["container"].get("key")
-    tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+
+    prefix = meta["container"]["prefix"] or ""
+    checkpoint = {}
+    for key, tensor in drawn_tensors(meta["shapes"], meta["seed"]).items():
+        checkpoint[prefix + key] = tensor
+    container = meta["container"]["key"]
+    if container:
+        checkpoint = {container: checkpoint, "epoch": 1}
+
     return SimpleNamespace(
-        module=meta["ours"]["module"], options=meta["ours"]["options"], arrays=arrays,
-        checkpoint={key: tensors, "epoch": 1} if key else tensors,
-        clip=drawn_clip(meta["input_shape"], meta["input_seed"]))
+        module=meta["ours"]["module"],
+        options=meta["ours"]["options"],
+        checkpoint=checkpoint,
+        clip=drawn_clip(meta["input_shape"], meta["input_seed"]),
+        arrays=arrays,
+    )
 
 
 def golden_names(module):
     """The names of all cases of one of our model files."""
     return sorted(path.stem for path in (ROOT / "tests" / "golden").glob(f"{module}_*.npz"))
-
-
-@pytest.fixture
-def root():
-    """The folder of the scripts."""
-    return ROOT

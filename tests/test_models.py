@@ -1,493 +1,395 @@
-"""The contract that all model files keep: recipes, sizes, training, evaluation, export, other people's files, and that a
-file works alone.
+"""What all five model files have in common.
 
     python -m pytest tests/test_models.py
+
+The rows and figures of the report, sizes, how a network behaves in training, evaluation and export,
+the checkpoints that every converter reads, and that a file works alone. A network is the one of its
+row "toy", on clips of 32 pixels.
 """
 import ast
-import collections
 import copy
 import functools
 import importlib
 import inspect
-import json
-import os
-import pickle
-import re
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+import torchvision
 
 import data
 import evaluate
 import tin
 import train
-from conftest import ROOT, drawn_clip, drawn_tensors, golden
-
-NAMES = ("tsn", "trn", "tsm", "tin", "slowfast")
-KEYS = """frames stride sampling augment crop jitter flip mean std dropout loss loss_scale class_weight batch
-    reference_batch lr schedule milestones warmup momentum nesterov weight_decay clip_grad sync_bn init test_resize
-    test_crop clips crops scales published_map""".split()
-CONSTRUCTORS = {
-    "tsn": ("TSN", dict(segments=5, backbone="resnet101", dropout=0.5)),
-    "trn": ("TRN", dict(segments=8, backbone="resnet50", multiscale=True, dropout=0.5)),
-    "tsm": ("TSM", dict(frames=8, depth=50, dropout=0.5, shift_every=None)),
-    "tin": ("TIN", dict(frames=8, depth=50, dropout=0.5)),
-    "slowfast": ("SlowFast", dict(variant="slowfast_8x8", depth=101, dropout=0.5, fusion_kernel=5, fusion_norm=False,
-                                  fc_bias=False, slow_index="stride", alpha=None)),
-}
-IMAGE = dict(dropout=0.5, crop=224, flip=True, loss="bce", loss_scale=160, batch=64, reference_batch=64, lr=0.01,
-             schedule="step", milestones=(10, 20), epochs=30, momentum=0.9, nesterov=False, weight_decay=5e-4,
-             clip_grad=20, sync_bn=False, init="imagenet")
-VIDEO = dict(dropout=0.5, crop=112, flip=True, loss="bce", loss_scale=160, batch=1024, reference_batch=1024, lr=0.2,
-             schedule="cosine", iterations=180_000, warmup=8000, momentum=0.9, nesterov=False, weight_decay=1e-4,
-             clip_grad=0, sync_bn=True, init="none", jitter=(128, 160))
-SIZES = {  # 313 classes: what tells a row's network -> parameters, 10^9 multiply-adds a clip of the recipe's crop
-    "tsn": {("resnet101", 5): ("43141497", "39.0"), ("inception_resnet_v2", 5): ("54787545", "32.3"),
-            ("senet154", 5): ("113681321", "103.4")},
-    "trn": {("resnet50", 8, True): ("26891215", "32.8")},  # 32.7 of the backbone and nearly 0.1 of the relations
-    "tsm": {(50, 8): ("24149369", "32.70"), (50, 16): ("24149369", "65.40"),
-            (101, 8): ("43141497", "62.40"), (101, 16): ("43141497", "124.80")},
-    "tin": {(50, 8): ("24180377", "32.70"), (50, 16): ("24183833", "65.40"),
-            (101, 8): ("43213254", "62.40"), (101, 16): ("43220382", "124.80")},
-    "slowfast": {("slowfast_8x8", 101): ("62.63 M", "24.71"), ("slowfast_11x8", 101): ("62.63 M", "33.97"),
-                 ("fast_32x2", 101): ("60.75 M", "97.38"), ("fast_16x2", 101): ("60.75 M", "48.69"),
-                 ("slow_8x8", 101): ("60.18 M", "21.91"), ("slow_8x4", 101): ("60.18 M", "21.91")},
-}
-TOLD_BY = {"tsn": ("backbone", "frames"), "trn": ("backbone", "frames", "multiscale"), "tsm": ("depth", "frames"),
-           "tin": ("depth", "frames"), "slowfast": ("variant", "depth")}
-
-
-@pytest.fixture(scope="module", params=NAMES)
-def module(request):
-    """One of the five model files; a test of it waits until it is there."""
-    if not (ROOT / f"{request.param}.py").exists():
-        pytest.skip(f"{request.param}.py is not there yet")
-    return importlib.import_module(request.param)
-
-
-@pytest.fixture(scope="module")
-def model(module):
-    """The toy's network in evaluation, every tensor drawn, so that no branch starts at zero and hides."""
-    model = module.build(module.RECIPES["toy"], 10)
-    model.load_state_dict(drawn_tensors({key: tuple(t.shape) for key, t in model.state_dict().items()}, seed=0))
-    return model.eval()
-
-
-def toy_clip(module, videos, seed=0):
-    recipe = module.RECIPES["toy"]
-    return drawn_clip((videos, recipe["frames"], 3, recipe["crop"], recipe["crop"]), seed)
-
-
-def close(ours, expected, tolerance):
-    """Within `tolerance` of the largest logit."""
-    torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
-
-
-# What the file says.
-
-
-def test_every_row_has_every_key_and_plain_values(module):
-    for name, row in module.RECIPES.items():
-        assert set(KEYS) <= set(row), name
-        assert ("epochs" in row) != ("iterations" in row), name  # one of them says how long
-        for key, value in row.items():
-            parts = value if type(value) is tuple else [value]
-            assert all(part is None or type(part) in (bool, int, float, str) for part in parts), (name, key)
-        assert row["sampling"] in ("segments", "clip") and row["augment"] in ("multiscale", "jitter")
-        assert row["schedule"] in ("step", "cosine")
-
-
-def test_first_row_is_the_reports(module):
-    name, row = next(iter(module.RECIPES.items()))
-    assert name != "toy"
-    expected = VIDEO if module.__name__ == "slowfast" else IMAGE
-    assert {key: row[key] for key in expected} == expected
-
-
-def test_every_key_has_its_source_on_its_line(module):
-    recipes = re.split(r"\n(?:def|class) ", Path(module.__file__).read_text())[0]
-    lines = [line.partition("  # ") for line in recipes.splitlines()]
-
-    def comments(key, lines):
-        return [comment for code, _, comment in lines if re.search(rf'\b{key}=|"{key}":', code)]
-
-    for key in next(iter(module.RECIPES.values())):
-        assert re.search("report|our choice: ", comments(key, lines)[0]), f"{key} has no source"
-    toy = next(i for i, (code, _, _) in enumerate(lines) if '"toy"' in code)
-    for key in set(module.RECIPES["toy"]) - {"published_map"}:  # nobody has published what the toy gives
-        assert all(comments(key, lines[toy:])), f"the toy's {key} has no reason"
-
-
-def test_constructor(module):
-    name, options = CONSTRUCTORS[module.__name__]
-    required, *others = inspect.signature(getattr(module, name)).parameters.values()
-    assert required.name == "num_classes" and required.default is inspect.Parameter.empty
-    assert {parameter.name: parameter.default for parameter in others} == options
-
-
-def test_every_row_builds_and_has_the_published_size(module):
-    for name, row in module.RECIPES.items():
-        macs = []
-
-        def count(part, inputs, output):
-            macs.append(output.numel() * part.weight[0].numel())
-
-        with FakeTensorMode(), torch.no_grad():  # shapes without arithmetic
-            model = module.build(row, 313).eval()
-            for part in model.modules():
-                if isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
-                    part.register_forward_hook(count)
-            assert model(torch.empty(1, row["frames"], 3, row["crop"], row["crop"])).shape == (1, 313)
-        if name == "toy":
-            continue
-        told = tuple(row[key] for key in TOLD_BY[module.__name__])
-        parameters, gmac = SIZES[module.__name__][told]
-        total = sum(p.numel() for p in model.parameters())
-        assert (f"{total / 1e6:.2f} M" if parameters.endswith("M") else str(total)) == parameters, name
-        assert f"{sum(macs) / 1e9:.{len(gmac.split('.')[1])}f}" == gmac, name
-
-
-# What the network does, as the toy's recipe has it.
-
-
-def test_every_parameter_gets_a_gradient(module):
-    torch.manual_seed(0)
-    model = module.build(module.RECIPES["toy"], 10).train()
-    model(toy_clip(module, 2)).square().sum().backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None] == []
-
-
-def test_dropout_acts_in_training_only(module):
-    torch.manual_seed(0)
-    model = module.build({**module.RECIPES["toy"], "dropout": 0.25}, 10)
-    (dropout,) = (part for part in model.modules() if isinstance(part, nn.Dropout))
-    seen = []
-    dropout.register_forward_hook(lambda part, inputs, output: seen.append((inputs[0], output)))
-    with torch.no_grad():
-        model.train()(toy_clip(module, 2))
-        model.eval()(toy_clip(module, 2))
-    (before, after), (x, y) = seen
-    there, kept = before != 0, after != 0
-    assert 0.7 < kept[there].float().mean() < 0.8
-    torch.testing.assert_close(after[kept], before[kept] / 0.75)
-    assert torch.equal(x, y)
-
-
-@torch.no_grad()
-def test_evaluation_is_deterministic(module, model):
-    clip, answers = toy_clip(module, 2), []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        answers.append(model(clip))
-    assert torch.equal(*answers)
-
-
-@torch.no_grad()
-def test_two_videos_are_two_times_one(module, model):
-    clip = toy_clip(module, 2)
-    close(torch.cat([model(clip[:1]), model(clip[1:])]), model(clip), 1e-5)
-
-
-@torch.no_grad()
-def test_frame_order(module, model):
-    clip = toy_clip(module, 2)
-    forwards, backwards = model(clip), model(clip.flip(1))
-    if module.__name__ == "tsn":
-        close(backwards, forwards, 1e-5)
-    else:
-        assert (backwards - forwards).abs().max() > 0.01 * forwards.abs().max()
-
-
-def test_a_clip_of_another_length_is_refused(module, model):
-    frames = module.RECIPES["toy"]["frames"]
-    stated = 4 if module.__name__ == "slowfast" else frames  # 4 fast frames per slow one
-    with pytest.raises(ValueError) as error:
-        model(torch.zeros(1, frames + 1, 3, 32, 32))
-    assert {str(stated), str(frames + 1)} <= set(re.findall(r"\d+", str(error.value)))
-
-
-@torch.no_grad()
-def test_bfloat16_autocast(module, model):
-    clip = toy_clip(module, 2)
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model(clip).float()
-    # A layer rounds by up to 2**-9 of a value: 20 of them, a random walk, come to 1 %, and chance may double it. Where
-    # order matters, the clip played backwards moves the logits by more.
-    close(logits, model(clip), 0.02)
-
-
-@torch.no_grad()
-def test_shapes_without_memory(module):
-    """On the device "meta", where a larger network can be looked at for nothing."""
-    with torch.device("meta"):
-        model = module.build(module.RECIPES["toy"], 10).eval()
-    assert model(toy_clip(module, 2).to("meta")).shape == (2, 10)
-
-
-@torch.no_grad()
-def test_export_with_a_dynamic_batch(module, model):
-    exported = torch.export.export(model, (toy_clip(module, 2),), dynamic_shapes=({0: torch.export.Dim("videos")},))
-    clip = toy_clip(module, 3, seed=1)
-    close(exported.module()(clip), model(clip), 1e-5)
-
-
-@torch.no_grad()
-def test_compile(module, model):
-    clip = toy_clip(module, 2)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # needs no compiler on the machine
-    close(compiled(clip), model(clip), 1e-5)
-
-
-def test_channels_last_goes_through_to_the_end(module, model):
-    """No convolution of a block is handed a map or a gradient in another order, which it would first copy."""
-    if module.__name__ == "slowfast":
-        pytest.skip("on a CPU some of PyTorch's own 3D convolutions answer in the plain order")
-    clip, other, seen = toy_clip(module, 2), copy.deepcopy(model).to(memory_format=torch.channels_last), []
-    for name, part in other.named_modules():
-        if isinstance(part, nn.Conv2d) and "layer" in name:
-            part.register_forward_pre_hook(lambda part, inputs, name=name: seen.append((name, inputs[0])))
-            part.register_full_backward_hook(lambda part, inputs, outputs, name=name: seen.append((name, outputs[0])))
-    logits = other(clip.flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, clip.shape[:2]))
-    close(logits.detach(), model(clip).detach(), 1e-5)
-    logits.square().sum().backward()
-    assert len(seen) == 2 * 19  # ResNet-18's, without the stem
-    assert [name for name, x in seen if not x.is_contiguous(memory_format=torch.channels_last)] == []
-
-
-def test_our_own_checkpoint_comes_back_bit_for_bit(module, model):
-    state = model.state_dict()
-    checkpoint = {"model": state, "optimizer": {"state": {}, "param_groups": []}, "scaler": None, "epoch": 3,
-                  "iteration": 225, "best_map": 0.5, "class_counts": [1] * 10,
-                  "config": {"model": module.__name__, "categories": ["a"] * 10, **module.RECIPES["toy"]}}
-    other = module.build(module.RECIPES["toy"], 10)
-    other.load_state_dict(module.convert(checkpoint))
-    assert all(torch.equal(tensor, state[key]) for key, tensor in other.state_dict().items())
-
-
-# Other people's files, from the disk through --weights and --init. Every tensor holds one number of its own: that costs
-# nothing, even for SENet-154, and shows where it went. Names and shapes are those of the authors' own files where
-# tests/golden has one, otherwise ours under their names, as their code has them.
-
-BARE = [(r"^backbone\.", "")]  # torchvision's names, without a prefix
-XT = [(r"^backbone\.", "base_model."), (r"^(fc|frame)\.", "new_fc.")]  # tsn-pytorch's, and so of all that began there
-MM = [(r"downsample\.0\.", "downsample.conv."), (r"downsample\.1\.", "downsample.bn."), (r"\bbn(\d)\.", r"conv\1.bn."),
-      (r"\bconv(\d)\.weight", r"conv\1.conv.weight"), (r"^(fc|frame)\.", "cls_head.fc_cls.")]
-SHIFT = [(r"(layer\d\.\d+\.conv1\.(?:conv\.)?)weight", r"\1net.weight")]
-SOME_SHIFT = [(r"(layer\d\.\d*[02468]\.conv1\.)weight", r"\1net.weight")]
-MM_TIN = [(r"(layer\d\.\d+\.conv1\.conv\.)weight", r"\1net2.weight"),
-          (r"^interlace\.(.+)\.offset_(conv|fc1|fc2)\.", r"backbone.\1.conv1.conv.net1.offset_net.\2."),
-          (r"^interlace\.(.+)\.weight_conv\.", r"backbone.\1.conv1.conv.net1.weight_net.conv.")]
-SCALES = [(r"^relations\.(\d+)\.hidden\.", r"consensus.fc_fusion_scales.\1.1."),
-          (r"^relations\.(\d+)\.fc\.", r"consensus.fc_fusion_scales.\1.3.")]
-ONE_SCALE = [(r"^relations\.0\.hidden\.", "consensus.classifier.1."),
-             (r"^relations\.0\.fc\.", "consensus.classifier.3.")]
-CONTAINERS = {  # what else their files hold
-    "X-Temporal": lambda tensors: {"model": tensors, "epoch": 30, "optimizer": {"state": {}, "param_groups": []},
-                                   "lr_scheduler": {"base_lrs": [0.01]}, "best_prec1": np.float64(58.9)},
-    "MIT": lambda tensors: {"state_dict": tensors, "epoch": 50, "arch": "resnet50", "best_prec1": torch.tensor(71.2)},
-    "mmaction2": lambda tensors: {"meta": {"epoch": 50, "CLASSES": ["a"] * 10, "config": "model = ..."},
-                                  "state_dict": collections.OrderedDict(tensors)},
-    "bare": lambda tensors: tensors,
-    "ours": lambda tensors: {"model": tensors, "config": {"model": "tsn"}, "epoch": 3},
-}
-R50, R101 = {"backbone": "resnet50"}, {"depth": 101}
-RENAMED = {  # of networks for 10 classes: the model, its recipe's values, their names, prefix, container
-    "X-Temporal's TSN": ("tsn", R50, XT, "module.", "X-Temporal"),
-    "X-Temporal's TSN, one GPU": ("tsn", R50, XT, "", "X-Temporal"),
-    "tsn-pytorch, dropout 0": ("tsn", R50, [(r"^fc\.", "base_model.fc."), XT[0]], "module.", "MIT"),
-    "MIT's TSN": ("tsn", R50, XT, "module.", "MIT"),
-    "mmaction2's TSN": ("tsn", R50, MM, "", "mmaction2"),
-    "moments_models": ("tsn", R50, BARE, "module.", "MIT"),
-    "Cadene's Inception-ResNet-v2": ("tsn", {"backbone": "inception_resnet_v2"}, [(r"^fc\.", "backbone.last_linear.")],
-                                     "", "bare"),
-    "timm's inside mmaction2": ("tsn", {"backbone": "inception_resnet_v2"}, MM[-1:], "", "mmaction2"),
-    "TRN-pytorch, one scale": ("trn", {"multiscale": False}, XT + ONE_SCALE, "module.", "MIT"),
-    "mmaction2's TRN": ("trn", {}, MM + SCALES + [("^consensus", "cls_head.consensus")], "", "mmaction2"),
-    "X-Temporal's TSM": ("tsm", {}, XT + SHIFT, "module.", "X-Temporal"),
-    "X-Temporal's TSM, ResNet-101": ("tsm", R101, XT + SHIFT, "module.", "X-Temporal"),
-    "MIT's TSM, ResNet-101": ("tsm", R101, XT + SOME_SHIFT, "module.", "MIT"),
-    "mmaction2's TSM, ResNet-101": ("tsm", R101, MM + SHIFT, "", "mmaction2"),
-    "mmaction2's TIN": ("tin", {}, MM + MM_TIN, "", "mmaction2"),
-    "a TSN for a TSM": ("tsm", {}, XT, "module.", "MIT"),
-    **{f"our {name}": (name, {}, [], "", "ours") for name in NAMES},
-}
-GOLDEN = sorted(path.stem for path in (ROOT / "tests" / "golden").glob("*.npz") if path.stem.split("_")[0] in NAMES)
-
-
-@pytest.fixture
-def empty_networks(monkeypatch):
-    """Networks without initial values, and so at once."""
-    for name in ("kaiming_uniform_", "kaiming_normal_", "uniform_", "normal_", "trunc_normal_"):
-        monkeypatch.setattr(nn.init, name, lambda tensor, *_, **__: tensor)
-
-
-def numbered(shapes):
-    """{name: shape} -> {name: tensor of that shape, of one number that no other has}."""
-    return {name: (torch.tensor(i) if name.endswith("num_batches_tracked") else torch.tensor(float(i))).expand(shape)
-            for i, (name, shape) in enumerate(shapes.items(), 1)}
-
-
-def network_shapes(module, recipe):
-    with torch.device("meta"):
-        return {name: tuple(x.shape) for name, x in module.build(recipe, 10).state_dict().items()}
-
-
-def under_their_names(name):
-    """A row of RENAMED -> (module, recipe, its file as read, {our name: tensor})."""
-    model, changes, names, prefix, container = RENAMED[name]
-    module = importlib.import_module(model)
-    recipe = {**next(iter(module.RECIPES.values())), **changes}
-    state = numbered(network_shapes(module, recipe))
-    tensors = {prefix + functools.reduce(lambda key, rule: re.sub(*rule, key), names, key): x
-               for key, x in state.items()}
-    assert len(tensors) == len(state)
-    return module, recipe, CONTAINERS[container](tensors), state
-
-
-def of_the_authors(name):
-    """The same for a case of tests/golden; whether convert put the tensors where they belong, the logits tell."""
-    with np.load(ROOT / "tests" / "golden" / f"{name}.npz") as file:
-        meta = json.loads(str(file["meta"]))
-    module, prefix, key = meta["ours"]["module"], meta["container"]["prefix"] or "", meta["container"]["key"]
-    options = {"frames" if option == "segments" else option: value for option, value in meta["ours"]["options"].items()}
-    tensors = numbered({prefix + name: shape for name, shape in meta["shapes"].items()})
-    if key == "blobs":
-        tensors = {name: x.numpy() for name, x in tensors.items()}
-    module, file = importlib.import_module(module), {key: tensors, "epoch": 1} if key else tensors
-    return module, {**next(iter(module.RECIPES.values())), **options}, file, module.convert(file)
-
-
-@pytest.mark.parametrize("case", [*RENAMED, *GOLDEN])
-def test_public_file_through_weights_and_init(case, tmp_path, empty_networks):
-    module, recipe, file, expected = (of_the_authors if case in GOLDEN else under_their_names)(case)
-    path = tmp_path / ("PUBLIC.pkl" if "blobs" in file else "PUBLIC.pth.tar")
-    path.write_bytes(pickle.dumps(file, 2)) if "blobs" in file else torch.save(file, path)
-    loaded, num_classes = evaluate.load_weights(module, recipe, evaluate.read_checkpoint(path), path)
-    started = module.build(recipe, 10)
-    sentence = train.start_from(module, started, {**recipe, "init": str(path)})
-    assert num_classes == 10 and sentence == f"init {path}: {len(expected)} of {len(expected)} tensors read"
-    for model in (loaded, started):
-        state = model.state_dict()
-        assert state.keys() == expected.keys()
-        assert [key for key in state if not torch.equal(state[key], expected[key])] == []
-
-
-@pytest.mark.parametrize("name, changes, head, classes", [
-    *[(name, R50 if name in ("tsn", "trn") else {}, "fc", 1000) for name in ("tsn", "trn", "tsm", "tin")],
-    ("tsn", {}, "fc", 1000),  # ResNet-101
-    ("tsn", {"backbone": "inception_resnet_v2"}, "classif", 1000),  # timm's
-    ("tsn", {"backbone": "inception_resnet_v2"}, "last_linear", 1001),  # Cadene's, with the background
-    ("tsn", {"backbone": "senet154"}, "last_linear", 1000),  # both
+import trn
+import tsm
+import tsn
+from conftest import ROOT, close, drawn_clip, fill, golden, python
+
+IMAGE_MODELS = ["tsn", "trn", "tsm", "tin"]
+NAMES = [*IMAGE_MODELS, "slowfast"]
+PAGES = (data.RECIPE, evaluate.RECIPE, train.RECIPE)
+
+
+# ---- the rows of the report
+
+
+@pytest.mark.parametrize("name, reported", [
+    ("tsn", {"r101_5f": 58.92, "inception_resnet_v2_5f": 57.45, "senet154_5f": 53.19}),
+    ("trn", {"r50_8f": None}),
+    ("tsm", {"r50_8f": 59.85, "r50_16f": 61.12, "r101_8f": 61.06}),
+    ("tin", {"r50_8f": 62.23, "r101_8f": 62.22, "r101_16f": 62.49}),
+    ("slowfast", {
+        "r101_8x8": (59.89, 61.52, 63.52),
+        "r101_11x8": (60.41, 61.60, 64.00),
+        "r101_fast_16x2": (59.05, 61.55, 63.45),
+        "r101_fast_32x2": (62.03, 63.59, 64.81),
+        "r101_slow_8x4": (59.02, 61.68, 62.99),
+        "r101_slow_8x8": None,
+    }),
 ])
-def test_imagenet_file_through_init(name, changes, head, classes, tmp_path, empty_networks):
-    module, path = importlib.import_module(name), tmp_path / "imagenet.pth"
-    recipe = {**next(iter(module.RECIPES.values())), **changes, "init": str(path)}
-    shapes = network_shapes(module, recipe)
-    expected = numbered({key: shape for key, shape in shapes.items() if key.startswith("backbone.")})
-    torch.save({**{key.removeprefix("backbone."): x for key, x in expected.items()},
-                f"{head}.weight": torch.zeros(1).expand(classes, 2048), f"{head}.bias": torch.zeros(classes)}, path)
-    model = module.build(recipe, 10)
-    sentence = train.start_from(module, model, recipe)
-    state = model.state_dict()
-    assert [key for key in expected if not torch.equal(state[key], expected[key])] == []
-    assert f"{len(expected)} of {len(shapes)} tensors read" in sentence
-    kept = set(re.findall(r"keeps its initial value: (\w+) \(not in the file", sentence))
-    assert kept == {key.split(".")[0] for key in shapes} - {"backbone"}
+def test_rows_and_figures_are_those_of_the_reports_tables(name, reported):
+    module = importlib.import_module(name)
+    assert module.REPORTED == reported
+    assert list(module.RECIPES) == [*reported, "toy"]
 
 
-@pytest.fixture(scope="module")
-def few_videos(tmp_path_factory):
-    """A data folder of 10 classes, with 8 videos for training and 2 for validation."""
-    folder = tmp_path_factory.mktemp("few") / "toy"
-    data.draw_toy(folder, videos=8)
-    return folder
+IMAGE = dict(
+    sampling="segments", augment="multiscale", crop=224, flip=True, test_crop=224, clips=5,
+    scales=(256,), loss="bce", loss_scale=160, batch=64, lr=0.01, schedule="step",
+    milestones=(10, 20), epochs=30, iterations=0, momentum=0.9, nesterov=False, weight_decay=5e-4,
+    clip_grad=20, sync_bn=False, init="imagenet", dropout=0.5, mean=(0.485, 0.456, 0.406),
+)
+VIDEO = dict(
+    sampling="clip", augment="jitter", crop=112, jitter=(128, 160), flip=True, test_resize=128,
+    test_crop=112, clips=10, scales=(128, 144, 160), loss="bce", loss_scale=160, batch=1024, lr=0.2,
+    schedule="cosine", epochs=0, iterations=180_000, warmup=8000, momentum=0.9, nesterov=False,
+    weight_decay=1e-4, clip_grad=0, sync_bn=True, init="none", dropout=0.5,
+)
+TOY = dict(
+    augment="jitter", crop=32, jitter=(36, 36), flip=False, test_resize=36, test_crop=32,
+    loss_scale=10 / 1.7, batch=16, iterations=0, init="none",
+)
+INCEPTION = {**IMAGE, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "init": "none"}
 
 
-def redrawn(name, path):
-    """A case of tests/golden, its checkpoint, as its authors' code would have left it, in the file `path`."""
-    case = golden(name)
-    if "blobs" in case.checkpoint:
-        tensors = {key: x.numpy() for key, x in case.checkpoint["blobs"].items()}
-        path.write_bytes(pickle.dumps({"blobs": tensors}, 2))
-    else:
+@pytest.mark.parametrize("name, row, expected", [
+    *[(name, None, IMAGE) for name in IMAGE_MODELS],
+    ("tsn", "inception_resnet_v2_5f", INCEPTION),
+    ("slowfast", None, VIDEO),
+    *[(name, "toy", TOY) for name in NAMES],
+])
+def test_a_rows_settings_are_the_reports(name, row, expected):
+    """Without a name it is the file's first row."""
+    module, recipe = evaluate.open_model(name, row, PAGES)
+    assert {key: recipe[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name, constructor, defaults", [
+    ("tsn", "TSN", dict(segments=5, backbone="resnet101", dropout=0.5)),
+    ("trn", "TRN", dict(segments=8, backbone="resnet50", multiscale=True, dropout=0.5)),
+    ("tsm", "TSM", dict(frames=8, depth=50, dropout=0.5, shift_every=None)),
+    ("tin", "TIN", dict(frames=8, depth=50, dropout=0.5)),
+    ("slowfast", "SlowFast", dict(
+        variant="slowfast_8x8", depth=101, dropout=0.5, fusion_kernel=5, fusion_norm=False,
+        fc_bias=False, slow_index="stride", alpha=None,
+    )),
+])
+def test_build_hands_every_value_of_a_row_to_the_constructor(
+        name, constructor, defaults, monkeypatch):
+    module = importlib.import_module(name)
+    parameters = inspect.signature(getattr(module, constructor)).parameters
+    assert {key: parameters[key].default for key in list(parameters)[1:]} == defaults
+    assert next(iter(parameters)) == "num_classes"
+
+    # A row holds these values, frames, and what differs from the shared pages.
+    needed = {"frames" if key == "segments" else key for key in defaults}
+    for row in module.RECIPES.values():
+        assert set(row) - set().union(*PAGES) == needed | {"frames"}
+
+    # Any values will do, since build() does not look at them.
+    recipe = {key: f"the recipe's {key}" for key in needed}
+    monkeypatch.setattr(module, constructor, lambda *args, **options: (args, options))
+    args, options = module.build(recipe, 10)
+    assert args == (10,)
+    assert sorted(options) == sorted(defaults)
+    assert sorted(options.values()) == sorted(recipe.values())
+
+
+@pytest.mark.parametrize("name, parameters", [
+    ("tsn", [43_141_497, 54_787_545, 113_681_321, 11_337_081]),
+    ("trn", [26_891_215, 14_166_479]),
+    ("tsm", [24_149_369, 24_149_369, 43_141_497, 11_337_081]),  # as TSN: a shift has no weights
+    ("tin", [24_180_377, 43_213_254, 43_220_382, 11_341_137]),
+    ("slowfast", [
+        62_625_192, 62_625_192, 60_750_656, 60_750_656, 60_180_544, 60_180_544, 11_611_176,
+    ]),
+])
+def test_every_row_builds_and_has_as_many_parameters(name, parameters):
+    """For 313 classes."""
+    module = importlib.import_module(name)
+    for row, expected in zip(module.RECIPES, parameters, strict=True):
+        recipe = evaluate.open_model(name, row)[1]
+        with torch.device("meta"):  # shapes without memory
+            model = module.build(recipe, 313).eval()
+            clip = torch.empty(1, recipe["frames"], 3, recipe["crop"], recipe["crop"])
+        assert sum(parameter.numel() for parameter in model.parameters()) == expected
+        assert model(clip).shape == (1, 313)
+
+
+# ---- how a network behaves
+
+
+@functools.cache
+def toy(name):
+    """The network of the row "toy", with drawn weights, for evaluation."""
+    module = importlib.import_module(name)
+    return fill(module.build(module.RECIPES["toy"], 10)).eval()
+
+
+def toy_clip(name, videos, seed=1):
+    frames = importlib.import_module(name).RECIPES["toy"]["frames"]
+    return drawn_clip((videos, frames, 3, 32, 32), seed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_reach_every_parameter(name):
+    torch.manual_seed(0)
+    model = copy.deepcopy(toy(name)).train()
+    model(toy_clip(name, videos=2)).square().sum().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_dropout_is_drawn_in_training_alone(name):
+    module = importlib.import_module(name)
+    model = fill(module.build({**module.RECIPES["toy"], "dropout": 0.25}, 10))
+    seen = []
+    model.dropout.register_forward_hook(lambda part, inputs, output: seen.append((*inputs, output)))
+
+    clip = toy_clip(name, videos=2)
+    model.eval()(clip)
+    model.train()(clip)
+    (x, x_in_evaluation), (y, y_in_training) = seen
+    assert torch.equal(x, x_in_evaluation)
+    dropped = (y_in_training == 0)[y != 0]
+    assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.05)
+    if name in IMAGE_MODELS:  # a draw for every frame's features, not for the video's
+        assert x.shape == (2, 8, 512)
+
+
+@pytest.mark.parametrize("name", IMAGE_MODELS)
+def test_the_last_layer_over_a_frame_starts_small(name):
+    torch.manual_seed(0)
+    module = importlib.import_module(name)
+    model = module.build(module.RECIPES["toy"], 313)
+    layer = model.frame if name == "trn" else model.fc
+    assert layer.weight.std().item() == pytest.approx(0.001, rel=0.02)
+    assert not layer.bias.any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_evaluation_has_no_randomness_and_videos_do_not_mix(name):
+    clip = toy_clip(name, videos=2)
+    logits = toy(name)(clip)
+    assert torch.equal(toy(name)(clip), logits)
+    close(torch.cat([toy(name)(clip[:1]), toy(name)(clip[1:])]), logits, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["trn", "tsm", "tin", "slowfast"])
+@torch.no_grad()
+def test_the_order_of_frames_matters(name):
+    clip = toy_clip(name, videos=2)
+    logits = toy(name)(clip)
+    assert (toy(name)(clip.flip(1)) - logits).abs().max() > 0.01 * logits.abs().max()
+
+
+@pytest.mark.parametrize("name, frames, message", [
+    *[(name, 16, "takes clips of 8 frames, got 16") for name in IMAGE_MODELS],
+    ("slowfast", 26, "multiple of 4 frames, got 26"),
+])
+def test_a_clip_of_another_length_is_refused(name, frames, message):
+    """16 frames would divide by 8, and one video would become two without a word."""
+    with pytest.raises(ValueError, match=message):
+        toy(name)(torch.zeros(1, frames, 3, 32, 32))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_autocast_changes_logits_by_rounding_alone(name):
+    """bfloat16 rounds by up to 1/256; about 20 layers add that up to 1 %, or 2 % by chance."""
+    clip = toy_clip(name, videos=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = toy(name)(clip).float()
+    close(logits, toy(name)(clip), 0.02)
+
+
+@pytest.mark.parametrize("name", IMAGE_MODELS)
+def test_channels_last_goes_through_to_the_end(name):
+    """No convolution is handed a map, or a gradient, in another order, which it would first copy.
+
+    SlowFast is left out: some of PyTorch's own 3D convolutions on a CPU answer in the plain order.
+    """
+    model = copy.deepcopy(toy(name)).to(memory_format=torch.channels_last)
+    seen = []
+    for key, part in model.backbone.named_modules():
+        if isinstance(part, nn.Conv2d) and key != "conv1":  # the first gets the plain clip
+            part.register_forward_pre_hook(lambda part, inputs: seen.append(inputs[0]))
+            part.register_full_backward_hook(lambda part, inputs, outputs: seen.append(outputs[0]))
+
+    clip = toy_clip(name, videos=2)
+    logits = model(clip)
+    close(logits.detach(), toy(name)(clip).detach(), 1e-5)
+    logits.square().sum().backward()
+    assert len(seen) == 2 * 19
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_export_with_any_number_of_videos_and_compilation(name):
+    clip = toy_clip(name, videos=3, seed=2)
+    logits = toy(name)(clip)
+
+    videos = torch.export.Dim("videos")
+    example = (toy_clip(name, videos=2),)
+    exported = torch.export.export(toy(name), example, dynamic_shapes=({0: videos},))
+    close(exported.module()(clip), logits, 1e-5)
+
+    # The backend aot_eager needs no compiler on the machine.
+    compiled = torch.compile(toy(name), fullgraph=True, backend="aot_eager")
+    close(compiled(clip), logits, 1e-5)
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("container, prefix", [
+    (None, ""),
+    ("model", ""),  # as train.py writes it
+    ("state_dict", "module."),
+    ("model_state", "_orig_mod."),
+    ("model_state_dict", "module._orig_mod."),
+    ("net", "_orig_mod.module.module."),
+])
+def test_our_own_weights_come_back_bit_for_bit(name, container, prefix):
+    ours = toy(name).state_dict()
+    checkpoint = {prefix + key: tensor for key, tensor in ours.items()}
+    if container is not None:
+        checkpoint = {"epoch": 3, "config": {"model": name}, container: checkpoint}
+    state = importlib.import_module(name).convert(checkpoint)
+    assert state.keys() == ours.keys()
+    assert all(torch.equal(state[key], ours[key]) for key in ours)
+
+
+@pytest.mark.parametrize("name", IMAGE_MODELS)
+@pytest.mark.parametrize("classifier", ["new_fc", "base_model.fc", "cls_head.fc_cls", "fc"])
+def test_the_last_layers_of_other_people(name, classifier):
+    """base_model.fc is X-Temporal's without dropout. TRN's layer is no classifier."""
+    expected = {"trn": "frame"}.get(name, "fc")
+    assert importlib.import_module(name).our_name(f"{classifier}.bias") == f"{expected}.bias"
+
+
+@pytest.mark.parametrize("name", IMAGE_MODELS)
+def test_torchvisions_file_gives_the_backbone_alone(name):
+    """This one is from before PyTorch 0.4.1: it has no counters of batches."""
+    file = fill(torchvision.models.resnet18()).state_dict()
+    old_file = {key: x for key, x in file.items() if not key.endswith("num_batches_tracked")}
+    state = importlib.import_module(name).convert(old_file)
+    assert state.keys() == {f"backbone.{key}" for key in file if not key.startswith("fc.")}
+    assert all(torch.equal(state[f"backbone.{key}"], file[key]) for key in file if key[:3] != "fc.")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("checkpoint, message", [
+    ({}, "finds no tensors"),
+    ({"state_dict": {}, "epoch": 3}, "finds no tensors"),
+    ({"model": {"fc.weight": "none"}}, "needs a tensor under the key fc.weight"),
+    ({"model": {7: torch.zeros(1)}}, "has no place for the key 7"),
+])
+def test_a_file_without_tensors_is_refused(name, checkpoint, message):
+    with pytest.raises(ValueError, match=f"{name}.py {message}"):
+        importlib.import_module(name).convert(checkpoint)
+
+
+def test_a_public_file_through_weights_and_init(tmp_path):
+    """deepcs233's TIN for --weights; for --init also a TSM, which lacks the nets of TIN."""
+    module, recipe = evaluate.open_model("tin", "r50_8f", PAGES)
+    for case_name in ["tin_deepcs233_r50_t8", "tsm_mmaction2_r50_t8"]:
+        case = golden(case_name)
+        path = tmp_path / f"{case_name}.pth"
         torch.save(case.checkpoint, path)
-    return case
+        expected = module.convert(case.checkpoint)
+
+        started = module.build(recipe, 10)
+        message = train.load_init(module, started, {**recipe, "init": path}, ["a category"] * 10)
+        assert message.startswith(f"init {path}: {len(expected)} of 448 tensors read")
+        for key in expected:
+            assert torch.equal(started.state_dict()[key], expected[key])
+
+        if case.module == "tin":
+            checkpoint = evaluate.read_checkpoint(path)
+            model, num_classes = evaluate.load_weights(module, recipe, checkpoint, path)
+            assert num_classes == 10
+            with torch.no_grad():
+                close(model.eval()(case.clip), case.arrays["logits"])
 
 
-def command(script, *args):
-    """The lines that a script prints, called as one would, on frames of 36 pixels."""
-    size = ["--test-resize", "36", "--test-crop", "32", "--workers", "0"]
-    run = subprocess.run([sys.executable, ROOT / script, *map(str, args), *size], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout.splitlines()
+# ---- a file works alone
 
 
-@pytest.mark.parametrize("name, flags", [
-    ("tsm_mmaction2_r50_t8", ""),
-    ("slowfast_pyslowfast_c2_8x8_r50",
-     "--depth 50 --fusion-kernel 7 --fusion-norm --fc-bias --slow-index linspace --stride 1"),
-], ids=["torch", "Caffe2"])
-def test_evaluate_scores_with_a_public_file(name, flags, few_videos, tmp_path):
-    case = redrawn(name, tmp_path / "PUBLIC.pth")
-    printed = command("evaluate.py", "--model", case.module, "--weights", tmp_path / "PUBLIC.pth", *flags.split(),
-                      "--data", few_videos, "--out", tmp_path / "scores.npz")
-    assert re.fullmatch(r"mAP \d+\.\d\d", printed[-1])
-    module, recipe, _ = evaluate.open_recipe(case.module)
-    recipe = {**recipe, "test_resize": 36, "test_crop": 32, "stride": 1}
-    views = functools.partial(evaluate.test_views, recipe=recipe, protocol=evaluate.make_protocol(recipe))
-    [(clip, _)] = data.VideoList(few_videos, "val", recipe, train=False, views=views)[0][1]
-    model = getattr(module, CONSTRUCTORS[case.module][0])(**case.options).eval()
-    model.load_state_dict(module.convert(case.checkpoint))
-    with torch.no_grad():
-        logits = model(data.normalise(clip[None], recipe["mean"], recipe["std"]))
-    np.testing.assert_allclose(np.load(tmp_path / "scores.npz")["scores"][0], logits[0].sigmoid(), atol=1e-5)
-
-
-def test_train_starts_from_a_public_file(few_videos, tmp_path):
-    case, path = redrawn("tin_deepcs233_r50_t8", tmp_path / "PUBLIC.pth"), tmp_path / "PUBLIC.pth"
-    options = "--epochs 1 --batch 8 --lr 0 --crop 32 --augment jitter --jitter 36 36"
-    printed = command("train.py", "--model", "tin", "--init", path, "--data", few_videos, "--out", tmp_path / "run",
-                      *options.split())
-    assert f"init {path}: 448 of 448 tensors read" in printed
-    trained = evaluate.read_checkpoint(tmp_path / "run" / "best.pt")["model"]
-    for key, tensor in tin.convert(case.checkpoint).items():  # at a rate of 0 it is what it was
-        assert "running" in key or "num_batches" in key or torch.equal(trained[key], tensor), key
-
-
-# The file alone.
-
-
-def test_imports_pytorch_and_the_standard_library_only(module):
-    tree = ast.parse(Path(module.__file__).read_text())
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in imported} <= {"torch", "torchvision", *sys.stdlib_module_names}
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_imports_neither_ours_nor_anything_uncommon(name):
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+        if isinstance(node, ast.Import):
+            imported.update(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    packages = {module.split(".")[0] for module in imported}
+    assert packages <= {"torch", "torchvision", "numpy", *sys.stdlib_module_names}
 
 
 ALONE = """
-import socket, sys
-def refuse(*args, **kwargs):
-    raise OSError("this test has no network")
-socket.getaddrinfo = socket.socket.connect = refuse
-import {name} as module
+import importlib, socket, sys
 import torch
-torch.set_num_threads(1)
-recipe = module.RECIPES["toy"]
-print(*module.build(recipe, 10).eval()(torch.zeros(1, recipe["frames"], 3, 32, 32)).shape)
+
+def refuse(*args, **options):
+    raise OSError("there is no network in this test")
+
+socket.socket.connect = refuse
+for name in sys.argv[1:]:
+    sys.path[0] = name  # a folder with this file alone
+    module = importlib.import_module(name)
+    recipe = module.RECIPES["toy"]
+    module.build(recipe, 10).eval()(torch.zeros(1, recipe["frames"], 3, 32, 32))
 """
 
 
-def test_copied_alone_it_runs_and_prints_nothing_of_its_own(module, tmp_path):
-    shutil.copy(module.__file__, tmp_path)
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    env.update(HOME=str(tmp_path), TORCH_HOME=str(tmp_path))  # weights that were fetched before are out of reach
-    run = subprocess.run([sys.executable, "-c", ALONE.format(name=module.__name__)], cwd=tmp_path, env=env,
-                         capture_output=True, text=True)
-    assert (run.returncode, run.stdout, run.stderr) == (0, "1 10\n", "")
+def test_a_file_copied_alone_runs_and_prints_nothing(tmp_path):
+    (tmp_path / "run.py").write_text(ALONE)
+    for name in NAMES:
+        (tmp_path / name).mkdir()
+        shutil.copy(ROOT / f"{name}.py", tmp_path / name)
+    run = python(tmp_path / "run.py", *NAMES, cwd=tmp_path, TORCH_HOME=tmp_path)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_copies_are_equal():
+    """A file works alone, so some functions stand in several on purpose. None may drift."""
+
+    def code(function):
+        return inspect.getsource(function).replace(function.__doc__ or "", "")
+
+    assert code(tsm.residual) == code(tin.residual)
+    assert code(tsm.convert) == code(tin.convert)
+    assert code(tsm.TSM.forward) == code(tsn.TSN.forward)
+    assert code(tin.TIN.forward) == code(tsn.TSN.forward)
+    for module in [trn, tsm, tin]:
+        assert code(module.our_name) == code(tsn.our_name)

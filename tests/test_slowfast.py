@@ -12,14 +12,7 @@ import torch
 import torch.nn as nn
 
 import slowfast
-from conftest import drawn_clip, drawn_tensors, golden, golden_names
-
-
-def close(ours, expected, tolerance=1e-4):
-    """Within tolerance of the largest absolute value that is expected."""
-    expected = torch.as_tensor(expected)
-    atol = tolerance * expected.abs().max().item()
-    torch.testing.assert_close(ours, expected, rtol=0, atol=atol)
+from conftest import close, drawn_clip, drawn_tensors, golden, golden_names
 
 
 def shapes_only(*args, **options):

@@ -1,29 +1,126 @@
-"""TRN is its authors' function: their logits, for the tuples they drew too, tuple by tuple; in evaluation the exact
-mean over every draw, in training a few tuples from PyTorch's generator; and convert() reads every layout of a TRN.
+"""TRN adds up what small networks say of ordered tuples of frames.
 
     python -m pytest tests/test_trn.py
+
+The tests follow trn.py from top to bottom: the tuples of four frames, a pair by hand, the draw in
+training, the mean over all draws in evaluation, the answers of the original code, other people's
+weights. test_models.py has what is the same for all model files.
 """
 import itertools
 
 import pytest
 import torch
-import torchvision
-from torch.utils.flop_counter import FlopCounterMode
 
 import trn
-from conftest import golden, golden_names
+from conftest import close, drawn_clip, fill, golden, golden_names
 
 MULTISCALE = "trn_trnpytorch_r50_t8_multiscale"
 
 
-def close(values, expected):
-    """The house's tolerance: 1e-4 of the largest figure."""
-    expected = torch.as_tensor(expected)
-    torch.testing.assert_close(values, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+# ---- one scale
 
 
-def loaded(case):
-    """Our network with the weights of a case, in evaluation."""
+def test_the_tuples_of_four_frames():
+    """a b c d are 0 1 2 3."""
+    assert trn.Relation(4, 4, 8, 5).tuples.tolist() == [[0, 1, 2, 3]]
+    assert trn.Relation(4, 3, 8, 5).tuples.tolist() == [[0, 1, 2], [0, 1, 3], [0, 2, 3], [1, 2, 3]]
+    assert trn.Relation(4, 2, 8, 5).tuples.tolist() == [
+        [0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3],
+    ]
+
+
+@torch.no_grad()
+def test_a_pair_of_frames_by_hand():
+    """One feature a frame is used. The hidden layer is 1 x the first frame's + 10 x the second's
+    - 20, the logit 2 x hidden + 1, and a negative number becomes 0 before both layers."""
+    relation = trn.Relation(frames=2, scale=2, hidden=1, num_classes=1).eval()
+    relation.hidden.weight.zero_()
+    relation.hidden.weight[0, 0] = 1
+    relation.hidden.weight[0, 256] = 10
+    relation.hidden.bias.fill_(-20)
+    relation.fc.weight.fill_(2)
+    relation.fc.bias.fill_(1)
+
+    def logit(first, second):
+        f = torch.zeros(1, 2, 256)
+        f[0, 0, 0] = first
+        f[0, 1, 0] = second
+        return relation(f).item()
+
+    assert logit(3, 5) == 2 * (3 + 50 - 20) + 1
+    assert logit(5, 3) == 2 * (5 + 30 - 20) + 1
+    assert logit(-3, 5) == 2 * (0 + 50 - 20) + 1
+    assert logit(30, -1) == 2 * (30 + 0 - 20) + 1
+    assert logit(3, 1) == 1
+
+
+@pytest.mark.parametrize("frames, scale, terms", [(8, 8, 1), (8, 7, 3), (8, 2, 3), (3, 2, 3)])
+def test_three_tuples_are_drawn_or_as_many_as_there_are(frames, scale, terms):
+    assert trn.Relation(frames, scale, 4, 2).terms == terms
+
+
+def test_training_draws_tuples_from_pytorchs_cpu_generator():
+    relation = trn.Relation(frames=5, scale=3, hidden=4, num_classes=2).train()
+    f = torch.eye(5, 256).expand(2, 5, 256)  # frame t is 1 at feature t alone, which names it
+    inputs = []
+    relation.hidden.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    for seed in range(60):
+        torch.manual_seed(seed)
+        expected = relation.tuples[torch.randperm(10)[:3]]
+        torch.manual_seed(seed)
+        relation(f)
+        drawn = inputs[-1].unflatten(2, (3, 256)).argmax(dim=3)  # (B, n, k)
+        assert torch.equal(drawn, expected.expand(2, 3, 3))  # one draw for the whole batch
+
+
+# ---- the network
+
+
+def looped(model, f, chosen):
+    """The sum over scales and their chosen tuples, one clip and one tuple after another."""
+    logits = torch.zeros(len(f), 3)
+    for b in range(len(f)):
+        for relation in model.relations:
+            for indices in chosen[relation.scale]:
+                x = torch.cat([f[b, t] for t in indices]).clamp(min=0)
+                x = (relation.hidden.weight @ x + relation.hidden.bias).clamp(min=0)
+                logits[b] += relation.fc.weight @ x + relation.fc.bias
+    return logits
+
+
+@torch.no_grad()
+def test_evaluation_is_the_mean_over_all_draws():
+    """Three of 4 triples and three of 6 pairs: 4 x 20 draws."""
+    model = fill(trn.TRN(3, 4, "resnet18")).eval()
+    clip = drawn_clip((2, 4, 3, 32, 32), seed=1)
+    f = model.features(clip)
+
+    answers = []
+    triples = itertools.combinations(range(4), 3)
+    for three in itertools.combinations(triples, 3):
+        pairs = itertools.combinations(range(4), 2)
+        for two in itertools.combinations(pairs, 3):
+            answers.append(looped(model, f, {4: [(0, 1, 2, 3)], 3: three, 2: two}))
+    assert len(answers) == 80
+    close(model(clip), torch.stack(answers).mean(dim=0))
+
+
+def test_sizes_that_are_refused():
+    with pytest.raises(ValueError, match="takes 2 to 10 frames, got 1: no pairs"):
+        trn.TRN(3, 1, "resnet18")
+    with pytest.raises(ValueError, match="takes 2 to 10 frames, got 11: they make 2,036 tuples"):
+        trn.TRN(3, 11, "resnet18")
+    with torch.device("meta"):  # shapes without memory
+        with pytest.raises(ValueError, match="backbone vgg11 is not one of torchvision's ResNets"):
+            trn.TRN(3, 8, "vgg11")
+        assert len(trn.TRN(3, 10, "resnet18").relations) == 9
+        assert len(trn.TRN(3, 16, "resnet18", multiscale=False).relations) == 1
+
+
+# ---- the answers of the original code
+
+
+def with_the_weights_of(case):
     model = trn.TRN(**case.options).eval()
     model.load_state_dict(trn.convert(case.checkpoint))
     return model
@@ -31,157 +128,69 @@ def loaded(case):
 
 @pytest.mark.parametrize("name", golden_names("trn"))
 @torch.no_grad()
-def test_logits_and_features_are_those_of_the_original_code(name):
+def test_logits_and_features_are_those_of_the_authors(name):
     case = golden(name)
-    model = loaded(case)
-    close(model(case.clip), case.arrays["logits"])
+    model = with_the_weights_of(case)
     close(model.features(case.clip), case.arrays["features"])
+    close(model(case.clip), case.arrays["logits"])
+
+    # a forward pass of their own, with the tuples that it had drawn
+    if name == MULTISCALE:
+        drawn = {}
+        for scale in range(2, 9):
+            drawn[scale] = torch.from_numpy(case.arrays[f"sampled_{scale}"])
+        close(model(case.clip, drawn), case.arrays["logits_sampled"])
 
 
 @torch.no_grad()
-def test_the_tuples_the_original_code_drew_can_be_replayed():
-    case = golden(MULTISCALE)
-    drawn = {k: torch.from_numpy(case.arrays[f"sampled_{k}"]) for k in range(2, 9)}
-    close(loaded(case)(case.clip, drawn), case.arrays["logits_sampled"])
-
-
-@torch.no_grad()
-def test_every_relation_says_of_every_tuple_what_the_original_does():
+def test_every_tuple_gets_the_authors_logits():
     case = golden(MULTISCALE)
     f = torch.from_numpy(case.arrays["features"])
-    total = 0
-    for relation in loaded(case).relations:
+    relations = with_the_weights_of(case).relations
+    assert [relation.scale for relation in relations] == [8, 7, 6, 5, 4, 3, 2]
+    assert sum(len(relation.tuples) for relation in relations) == 247
+    for relation in relations:
         k = relation.scale
         assert relation.tuples.tolist() == case.arrays[f"all_{k}"].tolist()
-        said = torch.stack([relation(f, row[None]) for row in relation.tuples]) / relation.terms  # (R_k, B, K)
-        close(said, case.arrays[f"out_{k}"])
-        total = total + said.sum(dim=0)
-    close(total, case.arrays["logits_sum_of_all"])
+        answers = []
+        for indices in relation.tuples:
+            answers.append(relation(f, indices.unsqueeze(0)) / relation.terms)
+        close(torch.stack(answers), case.arrays[f"out_{k}"])
 
 
-def small(segments=4, multiscale=True):
-    """A TRN whose weights are large enough to tell its inputs apart; dropout 0, batch norm by running statistics."""
-    model = trn.TRN(3, segments, "resnet18", multiscale, dropout=0).eval()
-    torch.nn.init.normal_(model.frame.weight, std=0.1)
-    return model
+# ---- other people's weights
 
 
-def by_loops(model, f, chosen):
-    """The sum over scales and chosen tuples of g(tuple), one tuple and one clip at a time, as the public codes do."""
-    logits = []
-    for frames in f:
-        total = torch.zeros(3)
-        for relation in model.relations:
-            for row in chosen[relation.scale]:
-                x = torch.cat([frames[t] for t in row]).clamp(min=0)
-                x = (relation.hidden.weight @ x + relation.hidden.bias).clamp(min=0)
-                total = total + relation.fc.weight @ x + relation.fc.bias
-        logits.append(total)
-    return torch.stack(logits)
+@pytest.mark.parametrize("key, expected", [
+    # TRN-pytorch with one scale, mmaction2 with several
+    ("module.consensus.classifier.1.weight", "relations.0.hidden.weight"),
+    ("module.consensus.classifier.3.bias", "relations.0.fc.bias"),
+    ("cls_head.consensus.fc_fusion_scales.6.1.bias", "relations.6.hidden.bias"),
+    ("cls_head.consensus.fc_fusion_scales.6.3.weight", "relations.6.fc.weight"),
+])
+def test_other_peoples_names(key, expected):
+    """Their other layouts are in the test of their answers."""
+    assert trn.our_name(key) == expected
 
 
-@torch.no_grad()
-def test_evaluation_is_the_mean_over_every_draw():
-    model, clip = small(), torch.randn(2, 4, 3, 32, 32)
-    f = model.features(clip)
-    draws = [{4: [(0, 1, 2, 3)], 3: threes, 2: twos}
-             for threes in itertools.combinations(itertools.combinations(range(4), 3), 3)
-             for twos in itertools.combinations(itertools.combinations(range(4), 2), 3)]
-    assert len(draws) == 4 * 20
-    close(model(clip), torch.stack([by_loops(model, f, draw) for draw in draws]).mean(dim=0))
-    tensors = {scale: torch.tensor(rows) for scale, rows in draws[7].items()}
-    close(model(clip, tensors), by_loops(model, f, draws[7]))
-
-
-@torch.no_grad()
-def test_one_scale_alone_is_one_network_over_all_frames():
-    model, clip = small(multiscale=False), torch.randn(2, 4, 3, 32, 32)
-    assert [relation.hidden.weight.shape for relation in model.relations] == [(512, 4 * 256)]
-    close(model(clip), by_loops(model, model.features(clip), {4: [(0, 1, 2, 3)]}))
-
-
-def test_training_draws_from_the_generator_of_pytorch():
-    relation, inputs = trn.Relation(frames=5, scale=3, hidden=4, num_classes=2).train(), []
-    relation.hidden.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    f = torch.eye(5, 256).expand(2, 5, 256)  # frame t is 1 at place t alone, so that a tuple can be read off
-    for seed in list(range(60)) * 2:
-        torch.manual_seed(seed)
-        relation(f)
-    drawn = [x.unflatten(2, (3, 256)).argmax(dim=3) for x in inputs]  # (B, n, k) each
-    assert all(x.shape == (2, 3, 3) and torch.equal(x[0], x[1]) for x in drawn)  # one draw for the whole batch
-    drawn = [[tuple(row) for row in x[0].tolist()] for x in drawn]
-    assert drawn[:60] == drawn[60:]  # by the seed alone
-    assert all(len(set(rows)) == 3 for rows in drawn)  # without replacement
-    assert set(sum(drawn, [])) == set(itertools.combinations(range(5), 3))
-
-
-@pytest.mark.parametrize("frames, scale, terms", [(8, 8, 1), (8, 7, 3), (8, 2, 3), (3, 2, 3), (2, 2, 1)])
-def test_number_of_terms(frames, scale, terms):
-    assert trn.Relation(frames, scale, 4, 2).terms == terms
-
-
-def test_clips_and_sizes_that_are_refused():
-    with pytest.raises(ValueError, match="4 frames, got 8"):
-        small()(torch.zeros(1, 8, 3, 32, 32))
-    with pytest.raises(ValueError, match="got 16: they make 65,519 tuples"):
-        trn.TRN(3, 16, "resnet18")
-    with pytest.raises(ValueError, match="got 1: "):
-        trn.TRN(3, 1, "resnet18")
-    assert len(trn.TRN(3, 16, "resnet18", multiscale=False).relations) == 1
-
-
-def test_multiply_adds_of_the_relations():
-    with torch.device("meta"):
-        model, f = trn.TRN(313).eval(), torch.empty(1, 8, 256)
-    with FlopCounterMode(display=False) as counter:
-        for relation in model.relations:
-            relation(f)
-    assert sum(len(relation.tuples) for relation in model.relations) == 247
-    assert counter.get_total_flops() / 2e6 == pytest.approx(67, abs=0.5)
-
-
-def test_convert_reads_every_spelling_of_one_file():
-    theirs = golden(MULTISCALE).checkpoint["state_dict"]
-    expected = trn.convert({"state_dict": theirs})
-    bare = {key.removeprefix("module."): tensor for key, tensor in theirs.items()}
-    spellings = {
-        "one GPU": {"state_dict": bare},
-        "mmaction2's head": {
-            key.replace("new_fc", "cls_head.fc_cls").replace("consensus", "cls_head.consensus"): tensor
-            for key, tensor in bare.items()},
-        "PyTorch 0.4": {key: bare[key] for key in bare if "num_batches" not in key},
-        "ours": {"model": expected, "config": {}},
-    }
-    for name, file in spellings.items():
-        state = trn.convert(file)
-        assert state.keys() == expected.keys(), name
-        assert all(torch.equal(state[key], expected[key]) for key in state), name
-
-
-@pytest.mark.parametrize("classes", [10, 256])  # 256 rows do not make a classifier a frame layer
-@pytest.mark.parametrize("names", ["module.new_fc", "module.base_model.fc", "cls_head.fc_cls", "fc"])
-def test_convert_takes_only_the_backbone_of_a_tsn(names, classes):
-    backbone = {"backbone." + key: tensor for key, tensor in torchvision.models.resnet18().state_dict().items()
-                if not key.startswith("fc.")}
+@pytest.mark.parametrize("classes", [10, 256])  # with 256 classes it has the frame layer's shape
+@pytest.mark.parametrize("classifier", ["module.new_fc", "base_model.fc", "cls_head.fc_cls", "fc"])
+def test_the_classifier_of_a_tsn_is_left_out(classifier, classes):
     state = trn.convert({"state_dict": {
-        **backbone, names + ".weight": torch.zeros(classes, 512), names + ".bias": torch.zeros(classes)}})
-    assert state.keys() == backbone.keys()
-
-
-def test_convert_leaves_out_the_classifier_of_imagenet():
-    state = trn.convert(torchvision.models.resnet18().state_dict())
-    missing, unexpected = trn.TRN(3, backbone="resnet18").load_state_dict(state, strict=False)
-    assert not unexpected and all(key.startswith(("frame.", "relations.")) for key in missing)
+        "backbone.conv1.weight": torch.zeros(64, 3, 7, 7),
+        f"{classifier}.weight": torch.zeros(classes, 512),
+        f"{classifier}.bias": torch.zeros(classes),
+    }})
+    assert list(state) == ["backbone.conv1.weight"]
 
 
 @pytest.mark.parametrize("key", [
     "base_model.layer1.0.conv1.net.weight",  # TSM
     "base_model.layer1.0.conv1.net2.weight",  # TIN
-    "base_model.conv1_7x7_s2.weight",  # another backbone, BNInception
-    "consensus.classifiers.0.weight",  # a deeper TRN, which nothing released uses
-    "consensus.fc_fusion_scales.0.0.weight",
+    "base_model.conv1_7x7_s2.weight",  # BNInception
+    "consensus.classifiers.0.weight",  # a deeper TRN, of which there are no public weights
 ])
-def test_convert_refuses_other_networks(key):
-    file = {"state_dict": {"module.base_model.conv1.weight": torch.zeros(1), "module." + key: torch.zeros(1)}}
-    with pytest.raises(ValueError, match=f"1 of 2 keys: module.{key}"):
-        trn.convert(file)
+def test_another_networks_file_is_refused(key):
+    file = {"module.base_model.bn1.weight": torch.zeros(64), f"module.{key}": torch.zeros(1)}
+    with pytest.raises(ValueError, match=f"trn.py has no place for the key module.{key}$"):
+        trn.convert({"state_dict": file})

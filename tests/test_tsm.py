@@ -1,137 +1,167 @@
-"""TSM is its authors' function: their logits from their checkpoints, a shift like a loop over frames and channels, in
-the blocks they shift; and convert() reads every layout that is a TSM and no other.
+"""TSM moves an eighth of the channels one frame earlier, an eighth one frame later.
 
     python -m pytest tests/test_tsm.py
+
+The tests follow tsm.py from top to bottom. The shift: four frames by hand, a loop over frames and
+channels, gradients, memory layouts. The network: what a block does with the shifted frames, which
+blocks shift, the answers of the original code. Then other people's weights. test_models.py has what
+is the same for all model files.
 """
 import pytest
 import torch
 import torchvision
-from torch.utils.flop_counter import FlopCounterMode
 
-import tin
 import tsm
-from conftest import golden, golden_names
+from conftest import close, drawn_clip, fill, golden, golden_names
 
 
-@pytest.mark.parametrize("name", golden_names("tsm"))
-def test_logits_are_those_of_the_original_code(name):
-    case = golden(name)
-    model = tsm.TSM(**case.options).eval()
-    model.load_state_dict(tsm.convert(case.checkpoint))
-    with torch.no_grad():
-        for key, clip in ("logits", case.clip), ("logits_perm", case.clip[:, case.arrays["perm"]]):
-            expected = torch.from_numpy(case.arrays[key])
-            torch.testing.assert_close(model(clip), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+# ---- the shift
 
 
-@pytest.mark.parametrize("frames, channels", [(1, 8), (2, 16), (5, 20), (8, 64), (3, 7)])
-def test_shift_is_a_loop_over_frames_and_channels(frames, channels):
+def test_four_frames_by_hand():
+    """a b c d are 1 2 3 4, in each of eight channels."""
+    frames = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    x = frames.view(1, 4, 1, 1, 1).expand(1, 4, 8, 1, 1)
+    y = tsm.temporal_shift(x)[0, :, :, 0, 0]  # (T, C)
+
+    assert y[:, 0].tolist() == [2, 3, 4, 0]  # the first eighth: offset -1
+    assert y[:, 1].tolist() == [0, 1, 2, 3]  # the next eighth: offset +1
+    for channel in range(2, 8):
+        assert y[:, channel].tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("frames, channels", [
+    (5, 20),  # an eighth of 20 is 2
+    (1, 8),  # a single frame has no neighbour
+    (3, 7),  # no channel is shifted
+])
+def test_the_shift_is_a_loop_over_frames_and_channels(frames, channels):
     x = torch.randn(2, frames, channels, 3, 2)
+    eighth = channels // 8
+
     expected = torch.zeros_like(x)
     for t in range(frames):
         for c in range(channels):
-            source = t + 1 if c < channels // 8 else t - 1 if c < 2 * (channels // 8) else t
+            source = t
+            if c < eighth:
+                source = t + 1
+            elif c < 2 * eighth:
+                source = t - 1
             if 0 <= source < frames:
                 expected[:, t, c] = x[:, source, c]
     assert torch.equal(tsm.temporal_shift(x), expected)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_gradient_of_the_shift(layout):
-    x = torch.randn(8, 9, 2, 3, dtype=torch.float64).to(memory_format=layout).unflatten(0, (2, 4)).requires_grad_()
-    assert torch.autograd.gradcheck(tsm.temporal_shift, x)  # against finite differences
+def test_gradients_are_those_of_finite_differences():
+    x = torch.randn(2, 4, 9, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(tsm.temporal_shift, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_channels_last_stays_channels_last(dtype):
-    x = torch.randn(2 * 8, 20, 3, 2, dtype=dtype)
-    last = x.to(memory_format=torch.channels_last).unflatten(0, (2, 8)).requires_grad_()
+def test_the_memory_layout_is_kept_by_values_and_gradients(dtype):
+    """Otherwise the next convolution would first copy what it gets."""
+    images = torch.randn(2 * 8, 20, 3, 2, dtype=dtype)
+    plain = images.unflatten(0, (2, 8))
+    last = images.to(memory_format=torch.channels_last).unflatten(0, (2, 8)).requires_grad_()
+
     y = tsm.temporal_shift(last)
-    assert torch.equal(y, tsm.temporal_shift(x.unflatten(0, (2, 8))))
+    assert torch.equal(y, tsm.temporal_shift(plain))
     assert y.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    assert tsm.temporal_shift(plain).is_contiguous()
+
     (gradient,) = torch.autograd.grad(y, last, torch.randn_like(y))
     assert gradient.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
-    assert tsm.temporal_shift(x.unflatten(0, (2, 8))).is_contiguous()
 
 
-def test_shift_is_interlacing_by_whole_frames():
-    x = torch.randn(2, 6, 32, 2, 3)
-    moved = tin.temporal_interlace(x[:, :, :8], torch.tensor([[-1.0, 1.0]]).expand(2, 2))
-    assert torch.equal(tsm.temporal_shift(x), torch.cat([moved, x[:, :, 8:]], dim=2))
+# ---- the network
+
+
+@pytest.mark.parametrize("depth", [18, 50])  # two convolutions in a block, and three
+@torch.no_grad()
+def test_only_the_main_path_of_a_block_gets_the_shifted_frames(depth):
+    block = fill(torchvision.models.get_model(f"resnet{depth}").layer2[0]).eval()
+    x, moved = torch.randn(2, 4, block.conv1.in_channels, 8, 8)
+    close(tsm.residual(block, x, x), block(x), 1e-6)  # torchvision's own forward
+    assert not torch.allclose(tsm.residual(block, x, moved), block(x), rtol=0.1)
+
+    # Without its main path a block is its shortcut, a convolution here.
+    last_norm = getattr(block, "bn3", block.bn2)
+    last_norm.weight.zero_()
+    last_norm.bias.zero_()
+    close(tsm.residual(block, x, moved), block.downsample(x).relu(), 1e-6)
 
 
 @pytest.mark.parametrize("depth, shift_every, blocks", [
-    (18, None, [[0, 1]] * 4),
+    (18, None, [[0, 1], [0, 1], [0, 1], [0, 1]]),
     (50, None, [[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4, 5], [0, 1, 2]]),
     (50, 2, [[0, 2], [0, 2], [0, 2, 4], [0, 2]]),
-    (101, None, [[0, 2], [0, 2], list(range(0, 23, 2)), [0, 2]]),  # 18 of 33
+    (101, None, [[0, 2], [0, 2], [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22], [0, 2]]),
     (101, 1, [[0, 1, 2], [0, 1, 2, 3], list(range(23)), [0, 1, 2]]),
 ])
-def test_blocks_that_shift(depth, shift_every, blocks, monkeypatch):
-    with torch.device("meta"):  # no memory and no arithmetic, only the order of calls
+def test_these_blocks_shift(depth, shift_every, blocks, monkeypatch):
+    with torch.device("meta"):  # shapes alone are enough to see what is called
         model = tsm.TSM(3, frames=2, depth=depth, shift_every=shift_every)
         clip = torch.empty(1, 2, 3, 32, 32)
-    calls, shift = [], tsm.temporal_shift
-    monkeypatch.setattr(tsm, "temporal_shift", lambda x: calls.append("shift") or shift(x))
-    stages = [getattr(model.backbone, f"layer{n}") for n in (1, 2, 3, 4)]
-    for s, stage in enumerate(stages):
-        for i, block in enumerate(stage):
-            block.conv1.register_forward_pre_hook(lambda module, x, place=(s, i): calls.append(place))
+    shifted = []
+    residual = tsm.residual
+
+    def spy(block, x, moved):
+        shifted.append(moved is not x)
+        return residual(block, x, moved)
+
+    monkeypatch.setattr(tsm, "residual", spy)
     model(clip)
-    shifted = [place for before, place in zip(calls, calls[1:]) if before == "shift"]
-    assert shifted == [(s, i) for s, numbers in enumerate(blocks) for i in numbers]
-    assert len(calls) == len(shifted) + sum(map(len, stages))
+    expected = []
+    for stage, numbers in zip([1, 2, 3, 4], blocks):
+        for i in range(len(getattr(model.backbone, f"layer{stage}"))):
+            expected.append(i in numbers)
+    assert shifted == expected
 
 
-@pytest.mark.parametrize("depth, frames, giga", [(50, 8, 32.70), (50, 16, 65.40), (101, 8, 62.40), (101, 16, 124.80)])
-def test_multiply_adds(depth, frames, giga):
-    with torch.device("meta"):
-        model, clip = tsm.TSM(313, frames, depth), torch.empty(1, frames, 3, 224, 224)
-    with FlopCounterMode(display=False) as counter:
-        model(clip)
-    assert counter.get_total_flops() / 2e9 == pytest.approx(giga, abs=0.005)
+def test_shifting_in_no_block_is_refused():
+    with pytest.raises(ValueError, match="shift_every is 0, but must be at least 1"):
+        tsm.TSM(3, depth=18, shift_every=0)
 
 
-def test_a_clip_of_other_frames_is_refused():
-    with pytest.raises(ValueError, match="8 frames, got 4"):
-        tsm.TSM(3, frames=8, depth=18)(torch.zeros(1, 4, 3, 32, 32))
+@pytest.mark.parametrize("name", golden_names("tsm"))
+@torch.no_grad()
+def test_logits_are_those_of_the_authors(name):
+    """Also those of the clip with its frames in another order."""
+    case = golden(name)
+    model = tsm.TSM(**case.options).eval()
+    model.load_state_dict(tsm.convert(case.checkpoint))
+    close(model(case.clip), case.arrays["logits"])
+    close(model(case.clip[:, case.arrays["perm"]]), case.arrays["logits_perm"])
 
 
-def test_convert_reads_every_spelling_of_one_file():
-    theirs = golden("tsm_mit_r50_t8").checkpoint["state_dict"]
-    expected = tsm.convert({"state_dict": theirs})
-    bare = {key.removeprefix("module."): tensor for key, tensor in theirs.items()}
-    spellings = {
-        "X-Temporal": {"model": bare, "epoch": 1},
-        "dropout 0": {"state_dict": {key.replace("new_fc", "base_model.fc"): bare[key] for key in bare}},
-        "TSN's": {"state_dict": {key.replace(".net.", "."): theirs[key] for key in theirs}},
-        "PyTorch 0.4": {key: bare[key] for key in bare if "num_batches" not in key},
-        "ours": {"model": expected, "config": {}},
-    }
-    for name, file in spellings.items():
-        state = tsm.convert(file)
-        assert state.keys() == expected.keys(), name
-        assert all(torch.equal(state[key], expected[key]) for key in state), name
+def test_the_reports_rows_shift_in_every_block():
+    """As the code of its authors does, in ResNet-101 too, where the constructor's default is 2."""
+    assert [row["shift_every"] for row in tsm.RECIPES.values()] == [1, 1, 1, 1]
 
 
-def test_convert_leaves_out_the_classifier_of_imagenet():
-    state = tsm.convert(torchvision.models.resnet18().state_dict())
-    missing, unexpected = tsm.TSM(3, depth=18).load_state_dict(state, strict=False)
-    assert missing == ["fc.weight", "fc.bias"] and not unexpected
+# ---- other people's weights
 
 
 @pytest.mark.parametrize("key", [
-    "base_model.layer1.0.net.conv1.weight",  # the shift before the whole block
-    "backbone.layer1.0.net.conv1.conv.weight",
-    "base_model.layer2.net.0.conv1.net.weight",  # temporal pooling
-    "base_model.layer1.0.conv2.net.weight",  # a second shift in every block
-    "base_model.layer2.0.block.conv1.net.weight",  # non-local blocks
-    "base_model.layer2.0.nl.g.weight",
-    "backbone.layer2.0.non_local_block.g.conv.weight",
-    "base_model.layer1.0.conv1.net1.biasnet.net.fc.weight",  # TIN
-    "base_model.layer1.0.conv1.net2.weight",
+    "module.base_model.layer3.5.conv1.net.weight",  # X-Temporal, temporal-shift-module
+    "backbone.layer3.5.conv1.conv.net.weight",  # mmaction2
+    "module.base_model.layer3.5.conv1.weight",  # a block that does not shift, or a TSN
+    "backbone.layer3.5.conv1.conv.weight",
 ])
-def test_convert_refuses_other_networks(key):
-    file = {"state_dict": {"module.base_model.conv1.weight": torch.zeros(1), "module." + key: torch.zeros(1)}}
-    with pytest.raises(ValueError, match=f"1 of 2 keys: module.{key}"):
-        tsm.convert(file)
+def test_a_first_convolution_has_many_names(key):
+    """The shift itself has no weights."""
+    assert tsm.our_name(key) == "backbone.layer3.5.conv1.weight"
+
+
+@pytest.mark.parametrize("key", [
+    "base_model.layer1.0.net.conv1.weight",  # the shift stands before the whole block
+    "backbone.layer1.0.net.conv1.conv.weight",  # the same in mmaction2
+    "base_model.layer1.0.conv2.net.weight",  # a second shift in the block
+    "base_model.layer2.net.0.conv1.net.weight",  # temporal pooling
+    "base_model.layer2.0.nl.g.weight",  # non-local blocks
+    "base_model.layer1.0.conv1.net2.weight",  # TIN
+])
+def test_another_networks_file_is_refused(key):
+    file = {"module.base_model.bn1.weight": torch.zeros(64), f"module.{key}": torch.zeros(1)}
+    with pytest.raises(ValueError, match=f"tsm.py has no place for the key module.{key}$"):
+        tsm.convert({"state_dict": file})
