@@ -32,7 +32,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import unicodedata
 import zipfile
@@ -45,7 +44,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
-# How a clip is taken from a video. A model's recipe row overrides what differs.
+# How a clip is taken from a video: one of three pages of shared settings (the others are in
+# evaluate.py and train.py). A row of RECIPES in a model file overrides what differs, and adds what
+# belongs to the network, such as "frames", the T of a clip.
 RECIPE = dict(
     # which frames
     sampling="segments",  # "segments": one frame from each of T equal parts (report, image models);
@@ -66,8 +67,8 @@ RECIPE = dict(
     std=(0.229, 0.224, 0.225),
 )
 
-# What belongs to the toy videos, whichever network sees them. It stands between the shared pages
-# (data.RECIPE, evaluate.RECIPE, train.RECIPE) and a model's row "toy".
+# What belongs to the toy videos, whichever network sees them: it overrides the three shared pages,
+# and a model's row "toy" overrides it.
 TOY = dict(
     # The videos have 40x36 pixels. Multiscale crops would cut off the shapes that move.
     augment="jitter",
@@ -75,7 +76,8 @@ TOY = dict(
     jitter=(36, 36),
     flip=False,           # a mirrored video moves the other way, so a flip would swap two labels
 
-    # Views of 36 pixels would give the ResNet a last map of 2x2 instead of 1x1 and lower the mAP.
+    # Tests use crops of 32 pixels too, in every protocol: crops of 36 would give the ResNet a last
+    # map of 2x2 pixels instead of 1x1, and a lower mAP.
     test_resize=36,
     test_crop=32,
     scales=(32,),
@@ -92,8 +94,8 @@ TOY = dict(
 
 FRAME = "img_{:05d}.jpg"
 ENDINGS = "mp4 m4v avi mkv mov webm mpg mpeg flv wmv 3gp ts mts m2ts ogv gif"  # of video files
-# Repeated endings, as in a.mp4.mp4, go as a whole: then a list that extract has written is read
-# back unchanged.
+# It matches repeated endings too: of a.mp4.mp4 the path is a. If it were a.mp4, a reader of the
+# list that extract writes would take the ending off once more.
 ENDING = re.compile(r"(\.(" + ENDINGS.replace(" ", "|") + r"))+$", re.IGNORECASE)
 
 
@@ -193,8 +195,9 @@ def parse_line(line, number, file, format, num_classes=None, names_allowed=False
     where = f"{file}:{number}"
     fields = split_fields(line, format)
     if fields is None:
-        raise ValueError(f"{where}: {line!r} does not fit the form {format}, as which the file is "
-                         f"read: {EXPECTED[format]} (-1: unlabelled); --format names another form")
+        raise ValueError(f"{where}: the file is read as {format}, but {line!r} does not fit: "
+                         f"expected {EXPECTED[format]} (-1: unlabelled); --format names another "
+                         "form")
     name, frames, labels = fields
 
     # the path
@@ -206,7 +209,7 @@ def parse_line(line, number, file, format, num_classes=None, names_allowed=False
 
     # the labels
     if len(set(labels)) < len(labels):
-        raise ValueError(f"{where}: a label appears twice; write the ids of the classes, not a "
+        raise ValueError(f"{where}: a label appears twice; expected the ids of the classes, not a "
                          "column of 0 or 1 for each class")
     if labels == ["-1"]:
         return Video(path, frames, [], number)
@@ -252,7 +255,7 @@ def split_csv(line):
 
 
 def check_names(labels, name, line, where, names_allowed):
-    """Labels that are not all ids must be class names: raise a ValueError if they cannot be."""
+    """Check labels that are not all ids: they must all be class names, where these are allowed."""
     if "-1" in labels:
         raise ValueError(f"{where}: -1 means unlabelled and stands alone, in {line!r}")
     if any(map(str.isdecimal, labels)):
@@ -342,7 +345,7 @@ def segment_indices(num_frames, segments, rng=None):
     if rng is None:
         return (2 * k + 1) * num_frames // (2 * segments)
     places = (k + rng.random(segments)) * num_frames / segments
-    return np.minimum(places, num_frames - 1).astype(int)
+    return np.minimum(places, num_frames - 1).astype(int)  # rounding can give num_frames itself
 
 
 def clip_indices(num_frames, length, stride, start):
@@ -382,8 +385,8 @@ def multiscale_box(width, height, target, rng):
     to target x target.
 
     w and h are 1, .875, .75 or .66 of the short side and at most one step apart. A side within 2
-    pixels of the target becomes the target, which spares the resize. The box lies at one of 13
-    places: multiples of a quarter of the room to the right and below.
+    pixels of the target becomes the target, which spares the resize. x and y are multiples of a
+    quarter of the free width and height, in one of 13 combinations.
     """
     short = min(width, height)
     sides = [int(short * scale) for scale in (1, 0.875, 0.75, 0.66)]
@@ -405,8 +408,8 @@ def multiscale_box(width, height, target, rng):
 def jitter_box(width, height, target, jitter, rng):
     """SlowFast's crop: the short side is resized to a length drawn from `jitter`, then a random
     target x target square is cut out. The result is the box (x, y, w, h) of the frame that becomes
-    this square, so that only its pixels are resized. Its side is rounded to whole pixels, by at
-    most half a pixel."""
+    this square, so that only its pixels are resized. Its side is rounded to the nearest whole
+    pixel."""
     short = rng.integers(jitter[0], jitter[1] + 1)
     side = round(target * min(width, height) / short)
     y = int(rng.integers(height - side + 1))
@@ -419,7 +422,7 @@ def frame_reader(folder):
     packed = f"{folder}.zip"
     first = os.path.join(folder, FRAME.format(1))
     if os.path.exists(packed) and not os.path.exists(first):
-        return zipfile.ZipFile(packed).read
+        return zipfile.ZipFile(packed).read  # closed when the function is no longer used
 
     def read(name):
         return Path(folder, name).read_bytes()
@@ -427,12 +430,12 @@ def frame_reader(folder):
     return read
 
 
-def decode_frame(read, name, folder, draft=None):
+def decode_frame(read, name, folder, draft_side=None):
     """A frame as an RGB image of Pillow. OSError with the name of the file if it is broken."""
     try:
         image = Image.open(io.BytesIO(read(name)))
-        if draft is not None:
-            image.draft(None, (draft, draft))
+        if draft_side is not None:
+            image.draft(None, (draft_side, draft_side))
         if image.mode != "RGB":
             return image.convert("RGB")
         image.load()
@@ -444,13 +447,13 @@ def decode_frame(read, name, folder, draft=None):
         raise OSError(f"{folder}/{name}: {reason}") from None
 
 
-def read_frames(folder, indices, box=None, draft=None):
+def read_frames(folder, indices, box=None, draft_side=None):
     """Frames of a video by index -> uint8 (T, h, w, 3). A frame that is asked for twice is decoded
     once.
 
     box: a function (width, height) -> (x, y, w, h), the part to keep; it is called once, for the
-    whole clip. draft: JPEGs may be decoded at 1/2, 1/4 or 1/8 of their size if their short side is
-    then still this long; the box is in those pixels. OSError with the name of the file.
+    whole clip. draft_side: JPEGs may be decoded at 1/2, 1/4 or 1/8 of their size, if their short
+    side is then still this long; the box is in those pixels. OSError with the name of the file.
     """
     try:
         read = frame_reader(folder)
@@ -463,7 +466,7 @@ def read_frames(folder, indices, box=None, draft=None):
         if index in pixels:
             continue
         name = FRAME.format(index + 1)
-        image = decode_frame(read, name, folder, draft)
+        image = decode_frame(read, name, folder, draft_side)
         if size is None:
             size = image.size
             x, y, w, h = 0, 0, *size
@@ -507,7 +510,7 @@ def make_clip(folder, indices, recipe, rng=None):
         return clip[:, y : y + crop, x : x + crop].contiguous()
 
     crop = recipe["crop"]
-    draft = None
+    draft_side = None
     if recipe["augment"] == "multiscale":
         def box(width, height):
             return multiscale_box(width, height, crop, rng)
@@ -515,9 +518,9 @@ def make_clip(folder, indices, recipe, rng=None):
         def box(width, height):
             return jitter_box(width, height, crop, recipe["jitter"], rng)
         if recipe["draft"]:
-            draft = recipe["jitter"][1]
+            draft_side = recipe["jitter"][1]
 
-    clip = resize(read_frames(folder, indices, box, draft), (crop, crop))
+    clip = resize(read_frames(folder, indices, box, draft_side), (crop, crop))
     if recipe["flip"] and rng.random() < 0.5:
         clip = clip.flip(2)
     return clip.contiguous()
@@ -545,11 +548,11 @@ class VideoList(torch.utils.data.Dataset):
     given, (row, views(read, num_frames, path)), where read(indices) gives whole frames.
 
     A video that cannot be read raises an OSError that names its list line. With skip_broken,
-    training prints that line and takes the next readable row, at most 10 rows further on.
+    training prints the error and takes the next readable row, at most 10 rows further on.
 
     Every line is checked here, once. What is kept is the file's bytes and where each video's line
     begins, and a line is parsed again when its video is asked for: a million Python objects would
-    be copied into the memory of every worker, these arrays are shared.
+    be copied into the memory of every worker, whereas these arrays are shared.
     """
 
     def __init__(self, data_dir, split, recipe, train, seed=0, skip_broken=False, views=None):
@@ -568,10 +571,10 @@ class VideoList(torch.utils.data.Dataset):
         self.starts = array.array("q")  # by row: where the line of this video begins in the text
         self.lines = array.array("q")   # by row: the number of that line
         self.merged = {}                # the Video of each row whose path is on several lines
-        self.repeated = 0               # lines
-        self.without_frames = 0         # lines
+        self.repeated = 0               # number of lines whose path an earlier line has
+        self.without_frames = 0         # number of lines with 0 frames
         self.class_counts = np.zeros(len(self.categories), int)  # videos of each class, (K,)
-        self.hash = ""                  # of the lines
+        self.hash = ""                  # of all lines: a checkpoint remembers which list it is of
         self.read_lines()
         if len(self) == 0:
             raise ValueError(f"{self.list}: lists no video that has frames")
@@ -584,15 +587,15 @@ class VideoList(torch.utils.data.Dataset):
         for number, line in enumerate(io.BytesIO(self.text), 1):
             here = start
             start += len(line)
-            line = line.strip()
+            line = line.decode().strip()
             if not line:
                 continue
-            digest.update(line + b"\n")
+            digest.update(line.encode() + b"\n")
             video = self.parse(line, number)
             if video.frames == 0:
                 self.without_frames += 1
                 continue
-            new_labels = video.labels
+            new_labels = video.labels  # a label is counted once for each video
             if video.path in rows:
                 self.repeated += 1
                 row = rows[video.path]
@@ -609,7 +612,7 @@ class VideoList(torch.utils.data.Dataset):
         self.hash = digest.hexdigest()[:16]
 
     def parse(self, line, number):
-        return parse_line(line.decode(), number, self.list, "ours", len(self.categories))
+        return parse_line(line, number, self.list, "ours", len(self.categories))
 
     def video(self, row):
         """The Video of a row."""
@@ -619,7 +622,7 @@ class VideoList(torch.utils.data.Dataset):
         end = self.text.find(b"\n", start)
         if end == -1:
             end = len(self.text)
-        return self.parse(self.text[start:end].strip(), self.lines[row])
+        return self.parse(self.text[start:end].decode().strip(), self.lines[row])
 
     def describe(self):
         labels = self.class_counts.sum() / len(self)
@@ -664,7 +667,7 @@ class VideoList(torch.utils.data.Dataset):
 
 def ignore_interrupts(worker_id):
     """For a loader's worker: Ctrl-C reaches every process of the terminal, but only the main
-    process acts on it; it also ends the workers."""
+    process acts on it, and then ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -673,8 +676,8 @@ def load(loader):
     try:
         yield from loader
     except (RuntimeError, OSError) as error:
-        for sign in ("shared memory", "No space left on device", "Bus error", "unable to write"):
-            if sign in str(error):
+        for phrase in ("shared memory", "No space left on device", "Bus error", "unable to write"):
+            if phrase in str(error):
                 raise OSError("the loader's workers have too little shared memory: give the "
                               "container more (docker run --shm-size 8g) or pass fewer --workers "
                               "(0 needs none)") from None
@@ -693,9 +696,10 @@ MOTIONS = len(VELOCITIES)
 def draw_toy(out, videos=1200, seed=0):
     """Draw the toy into the new folder `out`: `videos` for training, a quarter as many to validate.
 
-    One or two shapes drift over a ground that wraps around at its edges, each along its own axis.
-    The labels are their directions, which no single frame shows. Every fifth video has a patterned
-    ground: a label that every frame shows. Validation holds each video together with its reversal.
+    One or two shapes, each moving along its own axis, drift over a ground; a shape that leaves at
+    one edge returns at the opposite one. The labels are the directions, which no single frame
+    shows. Every fifth video has a patterned ground: a label that every frame shows. Validation
+    holds each video together with its reversal.
     Of 24 frames, 8 segments have the middle frames 1, 4, 7 ... 22. Played backwards they are the
     same frames, so a model that is blind to the order of frames scores both videos alike.
     """
@@ -795,8 +799,8 @@ def extract(videos_dir, out, split="train", list_path=None, format="auto", worke
             pack=False, val=None):
     """Decode videos into OUT/frames and write OUT/<split>.txt and OUT/<split>_failed.txt.
 
-    list_path None: every video below videos_dir, unlabelled. val: a fraction; it takes the place of
-    split, and the list is split into train.txt and val.txt. Returns the numbers of (whole, failed)
+    list_path None: every video below videos_dir, unlabelled. val: a fraction of the videos, which
+    are then listed in val.txt and all others in train.txt. Returns the numbers of (whole, failed)
     videos. A video's folder, or with pack its zip, gets its name only when it is whole, so an
     interrupted run can be started again.
     """
@@ -804,7 +808,7 @@ def extract(videos_dir, out, split="train", list_path=None, format="auto", worke
     if not 1 <= workers <= 1000:
         raise ValueError(f"--workers {workers}: from 1 to 1000")
     if not re.fullmatch(r"[\w-]+", split) or split == "categories":
-        raise ValueError(f"--split {split}: a name such as train, of letters and digits")
+        raise ValueError(f"--split {split}: a name such as train, of letters, digits, _ and -")
     if val is not None and not 0 < val < 1:
         raise ValueError(f"--val {val}: a fraction between 0 and 1, such as 0.2")
 
@@ -963,7 +967,8 @@ def extract_video(video, file, frames_dir, temporary, pack):
         if file is None:
             return 0, "no such video"
 
-        folder = Path(tempfile.mkdtemp(dir=temporary))
+        folder = temporary / str(id(video))  # a name that no other video has
+        folder.mkdir()
         count, message = decode_video(file, folder)
         if count == 0:
             return 0, message
@@ -985,7 +990,7 @@ def decode_video(file, folder):
     """FFmpeg writes a video's frames into a folder: 30 a second, short side 320, as in the report.
     Returns (number of frames, "" or FFmpeg's complaint). What can be decoded of a damaged video is
     kept. The frames are counted, because what the file says about their number is often wrong."""
-    filters = ("setpts=PTS-STARTPTS,"  # sound may start earlier; do not fill that gap with copies
+    filters = ("setpts=PTS-STARTPTS,"  # if the sound starts first, do not fill the gap with copies
                "fps=30,"
                "scale='if(gte(iw,ih),-2,320)':'if(gte(iw,ih),320,-2)'")
     command = ["ffmpeg", "-nostdin", "-v", "error", "-threads", "1",
@@ -995,14 +1000,15 @@ def decode_video(file, folder):
     result = subprocess.run(command, cwd=folder, capture_output=True, start_new_session=True)
     lines = result.stderr.decode(errors="replace").strip().split("\n")
     message = ""
-    if lines[0] or result.returncode != 0:
-        message = "ffmpeg: " + re.sub(" @ 0x[0-9a-f]+", "", lines[0])
+    if lines[0]:
+        message = "ffmpeg: " + re.sub(" @ 0x[0-9a-f]+", "", lines[0])  # without an address
+    elif result.returncode != 0:
+        message = f"ffmpeg: status {result.returncode}"
 
     if any("No space left on device" in line for line in lines):
         raise OSError(errno.ENOSPC, "no space left on the disk; free some, then run the command "
                                     "again")
-    stopped = result.returncode < 0 or result.returncode == 255
-    if stopped:
+    if result.returncode < 0 or result.returncode == 255:  # by a signal; 255: it noticed
         return 0, f"ffmpeg was stopped (status {result.returncode}); run the command again"
     count = count_frames(folder)
     if count == 0 and not message:
@@ -1068,7 +1074,8 @@ def split_lines(lines, fraction):
     smallest hashes of their paths validate, at least one and never all; the same videos are always
     split alike."""
     if len(lines) < 2:
-        raise ValueError(f"--val {fraction}: {len(lines)} whole videos cannot be split, it takes 2")
+        raise ValueError(f"--val {fraction}: {len(lines)} whole videos cannot be split, it takes "
+                         "2; train_failed.txt says what is wrong with the others")
 
     def hash_of_path(line):
         path = PATTERNS["ours"].fullmatch(line)["path"]
@@ -1129,8 +1136,8 @@ def check(data_dir):
 def check_frames(folder, count):
     """What is wrong with a video's frames, or None."""
     names = set(frame_names(folder))
-    most = min(count, 10**6)  # a wrong number in a list may be huge
-    expected = {FRAME.format(number) for number in range(1, most + 1)}
+    limit = min(count, 10**6)  # a wrong number in a list may be huge
+    expected = {FRAME.format(number) for number in range(1, limit + 1)}
     found = names & expected
     if len(found) != count:
         return f"{len(found)} of {count} frames"
@@ -1223,20 +1230,20 @@ def parse_arguments():
     extraction = commands.add_parser("extract", help="decode videos and write their list")
     add = extraction.add_argument
     add("--videos", required=True, metavar="DIR",
-                         help="the folder of videos; sub-folders count")
+        help="the folder of videos; sub-folders count")
     add("--list", metavar="FILE",
-                         help="which videos, with their labels (default: all, unlabelled)")
+        help="which videos, with their labels (default: all, unlabelled)")
     add("--format", default="auto", choices=["auto", "csv", *FORMATS],
-                         help="the form of the list; auto tells ours from csv (%(default)s)")
+        help="the form of the list; auto tells ours from csv (%(default)s)")
     add("--out", required=True, metavar="DATA", help="the data folder to fill")
     splits = extraction.add_mutually_exclusive_group(required=True)
     splits.add_argument("--split", help="write DATA/SPLIT.txt; a name such as train")
     splits.add_argument("--val", type=float, metavar="FRACTION",
                         help="write train.txt and val.txt, with this part of the videos in val.txt")
     add("--pack", action="store_true",
-                         help="one zip a video instead of a folder of frames")
+        help="one zip a video instead of a folder of frames")
     add("--workers", type=int, default=os.cpu_count(),
-                         help="videos decoded at once (%(default)s)")
+        help="videos decoded at once (%(default)s)")
 
     checking = commands.add_parser("check", help="compare the lists with the frames")
     checking.add_argument("data", metavar="DATA", help="the data folder")

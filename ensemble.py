@@ -12,6 +12,7 @@ were fitted to all videos, to be used on the test list.
 
 Report: "ensemble all the above models", 67.22 on validation and 60.77 on test; it does not say with
 which weights.
+The mAP is evaluate.sample_map's: over the ranked classes of each video, then over the videos.
 M models, N videos, K classes.
 """
 import argparse
@@ -36,6 +37,8 @@ def read_scores(name):
         meta = dict(json.loads(str(arrays.get("meta", "{}"))))
     except FileNotFoundError:
         raise ValueError(f"{name}: no such file") from None
+    except PermissionError:
+        raise
     except Exception:  # numpy raises many kinds of errors for damaged bytes
         raise ValueError(f"{name}: not a score file of evaluate.py --out") from None
     labels = arrays.get("labels")
@@ -85,10 +88,11 @@ def align(names):
             raise ValueError(f"{name}: the labels of {(~same).sum()} videos are not those of "
                              f"{first}, such as {paths[np.argmin(same)]}")
 
-    # Files of other programs may not hold the names of the classes; the others must agree.
+    # Files of other programs may not hold the names of the classes; those that do must agree.
     named = [(name, meta["categories"]) for name, meta in zip(names, metas) if "categories" in meta]
     for name, categories in named[1:]:
-        data.compare_categories(named[0][1], named[0][0], categories, name)
+        first_name, first_categories = named[0]
+        data.compare_categories(first_categories, first_name, categories, name)
     return paths, np.stack(scores), labels, metas
 
 
@@ -104,7 +108,8 @@ def combine(scores, weights=None):
     if not np.isfinite(weights).all() or weights.min() < 0 or weights.sum() == 0:
         raise ValueError(f"--weights {weights.tolist()}: numbers from 0 up, not all 0")
     mean = np.average(scores, axis=0, weights=weights)
-    return mean.astype(np.promote_types(scores.dtype, np.float32))  # half precision would make ties
+    # float32 at least: in half precision many scores would round to the same value and tie
+    return mean.astype(np.promote_types(scores.dtype, np.float32))
 
 
 def fit_weights(scores, labels, rounds=50):
@@ -112,7 +117,7 @@ def fit_weights(scores, labels, rounds=50):
 
     Greedy: each round adds one model, again or for the first time, to a running sum: the one that
     gives the highest mAP. (AP depends on the order of scores alone, so a sum does as well as a
-    mean.) The weights say how often each model was added until the best round.
+    mean.) The weights say how often each model was added up to and including the best round.
     Caruana and others 2004. For 10,000 videos, 313 classes and seven models it takes 10 seconds.
     """
     scores = np.asarray(scores, float)
@@ -147,22 +152,22 @@ def cross_fit(paths, scores, labels):
 
 def print_fit(names, scores, labels, weights, cross_fitted):
     """Each model's share in the ensemble, then the mAPs of the whole, in percent."""
-    def map_percent(scores):
-        return 100 * evaluate.sample_map(scores, labels)
+    def map_percent(some_scores):
+        return 100 * evaluate.sample_map(some_scores, labels)
 
     equal = map_percent(combine(scores))
     fitted = map_percent(combine(scores, weights))
-    print("own mAP   change without it   weight")
+    print("own mAP   equal weights without it   fitted weight")
     for m, name in enumerate(names):
         own = map_percent(scores[m])
         change = 0.0
         if len(names) > 1:
             others = np.delete(scores, m, axis=0)
             change = map_percent(combine(others)) - equal
-        print(f"{own:7.2f}   {change:+17.2f}   {weights[m]:6.2f}   {name}")
+        print(f"{own:7.2f}   {change:+24.2f}   {weights[m]:13.2f}   {name}")
     print(f"equal weights {equal:.2f}   fitted {fitted:.2f}   "
           f"cross-fitted {map_percent(cross_fitted):.2f}")
-    print("report the cross-fitted mAP, which is the last line's: the fitted weights have seen the "
+    print("report the cross-fitted mAP (the last line below): the fitted weights have seen the "
           "labels")
     print(f"for the test list: --weights {' '.join(f'{weight:g}' for weight in weights)}")
 
@@ -184,14 +189,15 @@ def main():
         evaluate.check_output(args.out)
 
     paths, scores, labels, metas = align(args.files)
-    weights = args.weights
-    result = combine(scores, weights)
+    if args.fit and labels is None:
+        raise ValueError(f"--fit: {args.files[0]} has no labels to fit to")
     if args.fit:
-        if labels is None:
-            raise ValueError(f"--fit: {args.files[0]} has no labels to fit to")
         weights = fit_weights(scores, labels).tolist()
         result = cross_fit(paths, scores, labels)
         print_fit(args.files, scores, labels, weights, result)
+    else:
+        weights = args.weights
+        result = combine(scores, weights)
 
     if args.out:
         meta = {"model": "ensemble", "files": args.files, "weights": weights,

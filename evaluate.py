@@ -8,7 +8,9 @@
 A view is one clip of a video at one place and one scale. A video's score is the mean over the
 probabilities of its views. Each video is scored by exactly one process.
 
-N videos, K classes, B videos at once, V views of each, T frames, H height, W width.
+N videos, K classes, B videos at once, V views of each, T frames, H height, W width. In comments on
+settings "report" is arXiv 2003.05837, "the authors" are its authors, and "ours" marks a choice of
+this project.
 """
 import argparse
 import contextlib
@@ -166,7 +168,8 @@ def test_views(read, num_frames, name, recipe, protocol):
     """All views of a video: for each scale uint8 (V, T, crop, crop, 3).
 
     read: frame indices -> uint8 (n, h, w, 3); it is called once. What is random is seeded by the
-    video's name, so that a score depends on nothing else.
+    video's name (its path in the list, or the name of the file), so that a score depends on nothing
+    else.
     """
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     length = recipe["frames"]
@@ -237,7 +240,7 @@ def score_views(model, views, recipe, device, view_batch=16, average="prob",
             part = data.normalise(part, recipe["mean"], recipe["std"], channels_last)
             with autocast:
                 output = model(part)
-            # In half precision many probabilities near 1 would be equal.
+            # In half precision many probabilities near 1 would round to the same value and tie.
             logits.append(output.float())
 
         values = torch.cat(logits)
@@ -306,7 +309,7 @@ def save_scores(path, paths, scores, labels, meta):
               "meta": np.array(json.dumps(meta))}
     if labels is not None:
         arrays["labels"] = labels
-    part = Path(f"{path}.part-{os.getpid()}.npz")
+    part = Path(f"{path}.part-{os.getpid()}.npz")  # numpy appends .npz to other names
     try:
         np.savez_compressed(part, **arrays)
         os.replace(part, path)
@@ -325,8 +328,8 @@ def check_output(path):
 # ---- networks and their weights --------------------------------------------------------------
 
 def open_model(name, row=None, pages=(data.RECIPE, RECIPE)):
-    """--model and --recipe -> (the model file's module, its recipe): the shared pages, for the row
-    "toy" data.TOY, then the row, the file's first if None. Later values override earlier ones."""
+    """--model and --recipe -> (the model file's module, the recipe). The recipe is merged in this
+    order: the shared pages, data.TOY if the row is "toy", and the row (None: the file's first)."""
     folder = Path(__file__).parent
     scripts = {"data", "evaluate", "train", "ensemble"}
     known = sorted({file.stem for file in folder.glob("*.py")} - scripts)
@@ -369,15 +372,15 @@ def add_recipe_flags(parser, recipe):
         elif isinstance(value, (tuple, list)):
             options["type"] = type(value[0])
             options["nargs"] = "+"
-        elif value is None:
+        elif value is None:  # a number that the network chooses by itself, such as SlowFast's alpha
             options["type"] = int
         else:
             options["type"] = type(value)
         group.add_argument(f"--{key.replace('_', '-')}", **options)
 
 
-COUNTS = ["frames", "stride", "crop", "jitter", "batch", "reference_batch", "test_resize",
-          "test_crop", "clips", "scales"]  # at least 1
+AT_LEAST_ONE = ["frames", "stride", "crop", "jitter", "batch", "reference_batch", "test_resize",
+                "test_crop", "clips", "scales"]
 
 
 def check_recipe(recipe):
@@ -392,8 +395,8 @@ def check_recipe(recipe):
         if key in WORDS and value not in WORDS[key]:
             raise ValueError(f"{flag} {value}: known are {', '.join(WORDS[key])}")
         if not all(0 <= number < float("inf") for number in numbers):
-            raise ValueError(f"{flag} {value}: must not be negative, and must be a number")
-        if key in COUNTS and min(numbers) < 1:
+            raise ValueError(f"{flag} {value}: must be finite and not negative")
+        if key in AT_LEAST_ONE and min(numbers) < 1:
             raise ValueError(f"{flag} {value}: at least 1")
     if recipe["test_crop"] > recipe["test_resize"]:
         raise ValueError(f"--test-crop {recipe['test_crop']}: larger than the short side that it "
@@ -411,6 +414,7 @@ def check_recipe(recipe):
 def read_checkpoint(path):
     """What a checkpoint file holds, a dict of tensors, numbers, texts, lists and dicts. ValueError
     for other files, and for a file that asks for any other Python object: it could run code."""
+    # what numpy's numbers and arrays are made of; skip on first reading
     numpy_objects = [np.dtype, np.ndarray]
     for kind in (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool_):
         numpy_objects.append(type(np.dtype(kind)))
@@ -428,17 +432,18 @@ def read_checkpoint(path):
             raise ValueError(f"{path}: asks for a Python object that is not a tensor, and loading "
                              "it could run code; save the state_dict alone with the program that "
                              "wrote the file: torch.save(model.state_dict(), ...)") from None
-        raise ValueError(f"{path}: no checkpoint of PyTorch, or one that was cut short") from None
+        raise ValueError(f"{path}: not a PyTorch checkpoint, or truncated") from None
 
 
 def convert(module, checkpoint, path):
-    """The tensors of a checkpoint, as read, in our names. Every usual container becomes "model",
-    and the prefixes of DDP and torch.compile are removed, so that a new model file need not know
-    them."""
+    """The tensors of a checkpoint, as read, in our names. The module's convert gets {"model":
+    tensors} whatever the container was called, or the bare tensors, without the prefixes of DDP and
+    torch.compile, so that a new model file need not know any of these."""
     cleaned = strip_prefixes(checkpoint)
-    for container in ("net", "model_state_dict", "model_state", "model", "state_dict"):
+    for container in ("state_dict", "model", "model_state", "model_state_dict", "net"):
         if isinstance(checkpoint.get(container), dict):
             cleaned = {"model": strip_prefixes(checkpoint[container])}
+            break
     try:
         return module.convert(cleaned)
     except ValueError as error:
@@ -457,7 +462,7 @@ def load_weights(module, recipe, checkpoint, path):
     load is strict; ValueError with what does not fit."""
     state = convert(module, checkpoint, path)
 
-    num_classes = 1
+    num_classes = 1  # if the file has no classifier, which is reported below
     for key in classifier_keys(module, recipe):
         if key in state:
             num_classes = len(state[key])
@@ -476,7 +481,7 @@ def load_weights(module, recipe, checkpoint, path):
 
 def classifier_keys(module, recipe):
     """The keys of the classifier's tensors: the only ones whose shapes depend on the number of
-    classes, which is their first side."""
+    classes, which is their first dimension."""
     with torch.device("meta"):  # shapes without memory
         one = module.build(recipe, 1).state_dict()
         two = module.build(recipe, 2).state_dict()
@@ -657,8 +662,9 @@ def parse_arguments():
     add("--model", metavar="NAME",
         help="with --weights: a model file beside this script, such as tin")
     add("--weights", metavar="FILE", help="other people's weights; the model file converts them")
-    add("--recipe", metavar="ROW", help="with --weights: a row of the model's RECIPES (its first)")
-    add("--data", metavar="DATA", help="a data folder (the toy, runs/toy)")
+    add("--recipe", metavar="ROW",
+        help="with --weights: a row of the model's RECIPES (default: its first)")
+    add("--data", metavar="DATA", help="a data folder (default: the toy, runs/toy)")
     add("--split", default="val", help="which of its lists (%(default)s)")
     add("--protocol", choices=["clip", "dense", "multiscale"],
         help="one view, clips x crops at the first scale, or at all scales (clip; multiscale if "
@@ -667,12 +673,12 @@ def parse_arguments():
         help="what is averaged over the views (%(default)s)")
     add("--out", metavar="FILE.npz", help="write paths, scores and labels, for ensemble.py")
     add("--batch", type=int, metavar="VIDEOS",
-        help="videos loaded at once (VIEW_BATCH / views of a video)")
+        help="videos loaded at once (default: VIEW_BATCH / views of a video)")
     add("--view-batch", type=int, default=16, metavar="VIEWS",
         help="views in one forward pass (%(default)s)")
     add("--workers", type=int, default=2,
         help="loader processes per process, 0: none (%(default)s)")
-    add("--device", help="cpu, cuda, ... (cuda if there is one)")
+    add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     add("--amp", default="off", choices=["off", "bf16", "fp16"],
         help="half precision; scores change in the third decimal (%(default)s)")
     add("--channels-last", action="store_true", help="channels innermost in memory: faster on GPUs")
@@ -716,8 +722,9 @@ def check_arguments(args):
         raise ValueError(f"--top {args.top}: at least 1")
     if args.workers < 0:
         raise ValueError(f"--workers {args.workers}: at least 0")
-    if args.checkpoint and args.recipe:
-        raise ValueError("--recipe goes with --weights; a checkpoint of train.py holds its recipe")
+    if args.checkpoint and (args.model or args.weights or args.recipe):
+        raise ValueError("--model, --weights and --recipe are for other people's weights; a "
+                         "checkpoint of train.py, --checkpoint, holds its model and recipe")
     if args.out and args.video:
         raise ValueError("--out goes with a list of videos, not with --video")
     if (args.json or args.picture) and not args.video:

@@ -10,13 +10,13 @@ Video Recognition", arXiv 1812.03982.
     frame                 0   1   2   3   4   5   6   7   8  ...  T - 1
     fast,  8 channels     x   x   x   x   x   x   x   x   x         x     how things move
     slow, 64 channels     x               x               x               what things are
-    lateral                       [____ k = 5 ____]                       heard by slow frame 4
+    lateral                       [____ k = 5 ____]                       for the slow frame at 4
 
 The slow pathway sees every alpha-th frame (here every 4th). Before each of its four stages, a
 lateral connection brings in the fast pathway: a convolution over k fast frames, centred on each
 slow frame, whose output is concatenated to the slow channels.
 
-Neither pathway ever shortens its clip: all strides are in space. At the end each pathway is
+Neither pathway ever shortens its clip: all its strides are in space. At the end each pathway is
 averaged over frames and pixels, and the classifier sees both averages side by side.
 
 B clips, T frames at the fast rate, C channels, H height, W width, K classes,
@@ -85,7 +85,7 @@ class Lateral(nn.Module):
 class Bottleneck(nn.Module):
     """ResNet's bottleneck block in 3D: the first convolution looks along time, the second in space.
 
-    planes: channels inside the block, which gives 4 times as many.
+    planes: channels inside the block; its output has 4 times as many.
     kernel: frames that the first convolution sees. stride: in space, of the second convolution.
     """
 
@@ -239,7 +239,9 @@ class SlowFast(nn.Module):
         if slow_index not in ("stride", "linspace"):
             raise ValueError(f"SlowFast has no slow_index {slow_index!r}, only stride, linspace")
 
-        self.alpha = alpha or ALPHA[variant]
+        self.alpha = alpha
+        if alpha is None:
+            self.alpha = ALPHA[variant]
         self.slow_index = slow_index
         pathways = variant.split("_")[0]  # slowfast, slow or fast
         both = pathways == "slowfast"
@@ -284,7 +286,7 @@ class SlowFast(nn.Module):
         frames = clip.shape[1]
         if frames % self.alpha != 0:
             raise ValueError(
-                f"this SlowFast takes clips of a multiple of {self.alpha} frames, got {frames}"
+                f"the number of frames must be a multiple of {self.alpha}, got {frames}"
             )
 
         # 3D convolutions want the channels in front of the frames.
@@ -345,7 +347,7 @@ SHARED = dict(  # what all rows but the toy have in common
     fusion_norm=False,     # batch norm and ReLU after a lateral; ours: the authors' code
     fc_bias=False,         # a bias in the classifier; ours: the authors' code
     slow_index="stride",   # every alpha-th frame, or "linspace"; ours: the authors' code
-    alpha=None,            # fast frames per slow frame, None: the variant's; ours: the paper's, 4
+    alpha=None,            # fast frames per slow frame, None: the variant's own (ALPHA)
 
     # clips
     sampling="clip",       # one window at a random place; report: "consecutive frames"
@@ -376,8 +378,10 @@ SHARED = dict(  # what all rows but the toy have in common
 # The rows of the report's Table 2, the Slow 8x8 of its section 2 (c), and the toy. A row holds what
 # build() needs, and what differs from the settings in data.py, evaluate.py and train.py.
 #
-# frames is T, and stride the distance of two frames in the video. The name of a variant says the
-# same of its slow pathway: in slowfast_8x8 it sees 32 / 4 = 8 frames at a distance of 4 x 2 = 8.
+# frames is T, and stride the distance of two frames in the video. A variant's name gives both, for
+# two pathways those of the slow one: in slowfast_8x8 it sees 32 / 4 = 8 frames, 4 x 2 = 8 apart. So
+# slow_8x4 and slow_8x8 are the same network on other frames. In the comments, "report" means that
+# the report says so, and "ours" that it does not: our source or reason follows.
 RECIPES = {
     "r101_8x8": {**SHARED, "variant": "slowfast_8x8", "frames": 32, "stride": 2},
     "r101_11x8": {**SHARED, "variant": "slowfast_11x8", "frames": 44, "stride": 2},
@@ -406,7 +410,7 @@ RECIPES = {
         sync_bn=True,          # report
 
         clips=10,              # report
-        scales=(32, 30, 28),   # ours: 36 makes the last map 2x2, not 1x1: dense 82.0, not 99.6
+        scales=(32, 30, 28),   # ours: at 36 the last map is 2x2, and the dense mAP 82
     ),
 }
 

@@ -1,7 +1,8 @@
 """TIN, the Temporal Interlacing Network: a 2D ResNet in which some channels are shifted along time.
 
-A quarter of the channels moves by distances that two small nets in every block compute from the
-clip itself. TIN is the report's own network, and the best of its image models.
+A quarter of the channels moves. In every block, one small net computes the distances from the clip
+itself, and another one a weight for each frame. TIN is the report's own network, and the best of
+its image models.
 
 Report: arXiv 2003.05837, section 1.4 and Table 1.
 Paper: Shao, Qian and Liu, "Temporal Interlacing Network", arXiv 2001.06499.
@@ -13,7 +14,7 @@ Paper: Shao, Qian and Liu, "Temporal Interlacing Network", arXiv 2001.06499.
     offset  0     a          b          c          d
     offset +1     0          a          b          c          content moves later
     offset -1     b          c          d          0          content moves earlier
-    offset +1/2   a/2        (a+b)/2    (b+c)/2    (c+d)/2    in between, so it can be learned
+    offset +1/2   a/2        (a+b)/2    (b+c)/2    (c+d)/2    fractions: it can be learned
 
 This happens to the input of a residual block's first convolution; the block's shortcut gets the
 frames as they were. The first f = C/4 channels form G = 4 groups, which move by o0, o1, -o0 and
@@ -40,8 +41,8 @@ def temporal_interlace(x, offsets, weights=None):
     offset moves content later. weights (B, G, T); None means that they are all 1.
 
     This needs no custom CUDA kernel: it is a matrix product, so autograd gives the gradients,
-    including those of the offsets (0 at a whole offset, where the slope jumps). It costs less than
-    0.6 % of a ResNet-50's multiplications.
+    including those of the offsets (0 at an integer offset, where the slope jumps). It costs less
+    than 0.6 % of a ResNet-50's multiplications.
     """
     # Offsets are float32 even if x is bfloat16, whose numbers above 1 are 1/128 frame apart.
     offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
@@ -50,18 +51,19 @@ def temporal_interlace(x, offsets, weights=None):
     frame = torch.arange(x.shape[1], device=x.device, dtype=offsets.dtype)
     steps = frame[:, None] - frame[None, :]  # (T, T): t - s
     distance = steps - offsets[:, :, None, None]  # (B, G, T, T)
-    matrix = torch.relu(1 - distance.abs())  # torch.maximum has another gradient where this is 0
+    matrix = torch.relu(1 - distance.abs())  # not torch.maximum, whose gradient at 0 is 1/2
     if weights is not None:
         matrix = matrix * weights[:, :, :, None]
     matrix = matrix.to(x.dtype)
 
-    # In five dimensions torch.cat writes its result in the order of the axes. So put the channels
-    # where they lie in memory, last in a channels_last tensor: the result gets the layout of x.
+    # torch.cat of five-dimensional tensors returns contiguous memory. So if x is channels_last,
+    # make the channels its last axis first: then the result has the layout of x.
     axis = 4 if x.stride(2) == 1 else 2
     x = x.movedim(2, axis)
     groups = x.unflatten(axis, (offsets.shape[1], -1))
 
-    # One product per group: a single product over all groups would first copy x.
+    # One product per group. A single product over all groups would first copy x, and on a CPU that
+    # is slower.
     moved = []
     for group_matrix, group in zip(matrix.unbind(1), groups.unbind(axis)):
         y = group_matrix @ group.flatten(2)  # (B, T, T) @ (B, T, C/G*H*W)
@@ -96,12 +98,12 @@ class TemporalInterlace(nn.Module):
     def forward(self, x):
         B, T, C = x.shape[:3]
 
-        # In four dimensions torch.cat keeps channels_last, so cut and join the frames there.
+        # In four dimensions torch.cat keeps channels_last, so split and join the frames there.
         frames = x.flatten(0, 1)  # (B*T, C, H, W)
         moved, kept = frames.split([self.moved, C - self.moved], dim=1)
         moved = moved.unflatten(0, (B, T))  # (B, T, f, H, W)
 
-        # Both nets compute in their parameters' float32, under autocast too.
+        # Both nets compute in float32, the type of their parameters, even under autocast.
         device = "cpu" if x.is_meta else x.device.type  # the meta device has no autocast
         with torch.autocast(device, enabled=False):
             means = moved.mean(dim=(3, 4), dtype=self.weight_conv.weight.dtype)  # (B, T, f)
@@ -162,7 +164,7 @@ class TIN(nn.Module):
         # the classifier
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(features, num_classes)
-        nn.init.normal_(self.fc.weight, std=0.001)
+        nn.init.normal_(self.fc.weight, std=0.001)  # logits start near 0; the authors' code
         nn.init.zeros_(self.fc.bias)
 
         # a module for every residual block
@@ -218,7 +220,8 @@ def build(recipe, num_classes):
 
 
 # The rows of the report's Table 1, and the toy. A row holds what build() needs, and what differs
-# from the settings in data.py, evaluate.py and train.py.
+# from the settings in data.py, evaluate.py and train.py. In the comments, "report" means that the
+# report says so, and "ours" that it does not: our source or reason follows.
 RECIPES = {
     "r50_8f": dict(
         frames=8,  # T; report
@@ -249,8 +252,8 @@ REPORTED = {"r50_8f": 62.23, "r101_8f": 62.22, "r101_16f": 62.49}
 
 # ---- other people's weights: skip on first reading ----------------------------------------------
 
-# Patterns of other repositories' keys, and our names for them. A pattern must match the whole key:
-# deleting a word such as ".net" wherever it stands would also let in networks unlike this one.
+# Patterns of other repositories' keys, and our names for them. A pattern must match the whole key,
+# so that the files of other networks are refused.
 #   base_model.          X-Temporal, tsn-pytorch, temporal-shift-module, deepcs233/TIN
 #   .conv. and .bn.      mmaction2, where a convolution and its batch norm are one module
 #   .net.                the convolution that comes after a shift, in a TSM
@@ -326,8 +329,8 @@ def convert(checkpoint):
             tensors = checkpoint[container]
             break
 
-    # torchvision's own files have this key. Their classifier, for the 1,000 classes of ImageNet, is
-    # left out.
+    # torchvision's own files have this key, without a prefix. Their classifier, for the 1,000
+    # classes of ImageNet, is left out.
     from_imagenet = "conv1.weight" in tensors
 
     state = {}

@@ -9,11 +9,13 @@
 The folder OUT (runs/MODEL) gets last.pt, from which --resume goes on; best.pt, the best on
 validation; and log.jsonl. With several nodes it must be on a disk that all of them share.
 
-A run is a function of its seed: a step draws from (seed, step, rank), a clip from (seed, epoch,
-row), the order of an epoch from (seed, epoch). So a checkpoint holds no generator's state, and a
-run that is resumed by the same command equals the uninterrupted one, on a CPU bit for bit.
+All randomness derives from the seed: a step draws from (seed, step, rank), a clip from (seed,
+epoch, row), the order of an epoch from (seed, epoch). So a checkpoint holds no generator's state,
+and a run that is resumed by the same command equals the uninterrupted one, on a CPU bit for bit.
 
-B clips, T frames, H height, W width, K classes. A step is one update of the weights.
+B clips, T frames, H height, W width, K classes. A step is one update of the weights. In comments on
+settings "report" is arXiv 2003.05837, "the authors" are its authors, and "ours" marks a choice of
+this project.
 """
 import argparse
 import datetime
@@ -187,18 +189,17 @@ def learning_rate(iteration, total, recipe):
     return base * 0.1**passed
 
 
-def batches(videos, batch, seed, start, total, rank, world):
-    """For each step from `start` on: the data set's indices of this process's share of the batch.
-    videos: how many there are. An epoch is a permutation of them; the incomplete last batch is
-    dropped."""
-    steps_per_epoch = videos // batch
+def batches(num_videos, batch, seed, start, total, rank, world):
+    """Yield, for each step from `start` on, this process's indices into the data set. An epoch is a
+    permutation of the videos; the incomplete last batch is dropped."""
+    steps_per_epoch = num_videos // batch
     order = None
     for iteration in range(start, total):
         epoch, step = divmod(iteration, steps_per_epoch)
         if step == 0 or order is None:
-            order = np.random.default_rng([seed, epoch]).permutation(videos)
+            order = np.random.default_rng([seed, epoch]).permutation(num_videos)
         rows = order[step * batch : (step + 1) * batch][rank::world]
-        yield [epoch * videos + int(row) for row in rows]  # VideoList takes the epoch from this
+        yield [epoch * num_videos + int(row) for row in rows]  # VideoList divides it up again
 
 
 def step_seed(seed, iteration, rank):
@@ -212,9 +213,9 @@ def load_init(module, model, recipe, categories):
     """Load the weights that the recipe's init names; returns a text that says what was read.
 
     Three kinds of tensors may keep their initial values: a classifier of other classes, linear
-    layers whose size depends on the number of frames, and whole parts that the file lacks, such as
-    TIN's small networks in a file of TSM. Any other mismatch raises a ValueError: that part of the
-    network would be trained from nothing, unnoticed.
+    layers and their biases whose size depends on the number of frames, and whole parts that the
+    file lacks, such as TIN's small networks in a file of TSM. Any other mismatch raises a
+    ValueError: that part of the network would be trained from nothing, unnoticed.
     """
     init = recipe["init"]
     if init == "none":
@@ -245,7 +246,7 @@ def load_init(module, model, recipe, categories):
         elif key not in theirs:
             allowed = key.split(".")[0] not in parts  # the file lacks the whole part
         else:
-            allowed = ours[key].dim() <= 2  # a convolution does not depend on the frames
+            allowed = ours[key].dim() <= 2  # another convolution means another network
         if not allowed:
             raise ValueError(f"--init {init}: {problem}; the file is of another network or size")
     if not fitting:
@@ -335,14 +336,14 @@ def save(path, checkpoint):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         reason = str(error).split("\n")[0]
-        raise OSError(f"{path}: could not be written ({reason}); the previous "
-                      "checkpoint is intact") from None
+        raise OSError(f"{path}: could not be written ({reason}); nothing was "
+                      "overwritten") from None
     finally:
         part.unlink(missing_ok=True)  # only there if something went wrong
 
 
 def load_optimizer(optimizer, scaler, checkpoint):
-    """The state of a checkpoint, also if it was written with another --amp or --channels-last."""
+    """The state of a checkpoint, even if it was written with another --amp or --channels-last."""
     fused = optimizer.param_groups[0]["fused"]
     optimizer.load_state_dict(checkpoint["optimizer"])
     optimizer.param_groups[0]["fused"] = fused
@@ -397,8 +398,8 @@ def check_finite(state, grad_norm, amp):
         finite = finite and math.isfinite(grad_norm)
     if not finite:
         raise ValueError(f"the loss or its gradient is not finite at step {state['iteration']} or "
-                         "shortly before, and no checkpoint was written since; try a smaller --lr "
-                         "or --clip-grad, or --amp bf16 in place of fp16")
+                         "shortly before, and no checkpoint was written after that; try a smaller "
+                         "--lr or --clip-grad, or --amp bf16 in place of fp16")
 
 
 def print_settings(args, recipe, device, world, model, videos, val):
@@ -468,6 +469,8 @@ def open_videos(folder, recipe, args):
 def count_steps(recipe, videos, world):
     """(steps of an epoch, steps in all)."""
     batch = recipe["batch"]
+    if len(videos) < world:
+        raise ValueError(f"{videos.list}: {len(videos)} videos are too few for {world} processes")
     if batch > len(videos):
         largest = len(videos) // world * world
         raise ValueError(f"--batch {batch}: more than the {len(videos)} videos of {videos.list}; "
@@ -484,8 +487,8 @@ def count_steps(recipe, videos, world):
 
 def validate(model, val, val_labels, recipe, device, world, args, autocast):
     """(mAP, text for the log line): every validation video, seen by one view."""
-    # Every process has updated its own running means since the last step began. Copy those of the
-    # first process, so that all score the network that it saves.
+    # In training each process keeps its own running means. Copy those of the first process, so that
+    # all score the network that it saves.
     if world > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
@@ -506,23 +509,23 @@ def parse_arguments():
     basic.add_argument("--model", metavar="NAME",
                        help="a model file beside this script, such as tin")
     basic.add_argument("--recipe", metavar="ROW",
-                       help="a row of its RECIPES (toy without --data, else the first)")
+                       help="a row of its RECIPES (default: toy without --data, else the first)")
     basic.add_argument("--data", metavar="DATA",
-                       help="a data folder (the toy, drawn into runs/toy)")
+                       help="a data folder (default: the toy, drawn into runs/toy)")
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[basic], allow_abbrev=False,
         epilog="--model NAME --help shows the flags of the recipe's values too.")
     add = parser.add_argument
-    add("--out", metavar="DIR", help="for checkpoints and log (runs/MODEL)")
+    add("--out", metavar="DIR", help="for checkpoints and log (default: runs/MODEL)")
     add("--resume", action="store_true", help="go on from OUT/last.pt, or start if there is none")
     add("--save-every", type=int, default=500, metavar="STEPS",
-        help="write last.pt after so many steps, and after every epoch (%(default)s)")
+        help="write last.pt every STEPS steps, and after every epoch (%(default)s)")
     add("--seed", type=int, default=0, help="random seed (%(default)s)")
     add("--workers", type=int, default=2,
         help="loader processes per process, 0: none (%(default)s)")
-    add("--device", help="cpu, cuda, ... (cuda if there is one)")
+    add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     add("--amp", default="off", choices=["off", "bf16", "fp16"],
         help="half precision (%(default)s)")
     add("--channels-last", action="store_true", help="channels innermost in memory: faster on GPUs")
@@ -556,6 +559,8 @@ def parse_arguments():
 def check_arguments(args, recipe):
     """ValueError with the flag, if the values cannot be used."""
     evaluate.check_recipe(recipe)
+    if recipe["loss_scale"] == 0:
+        raise ValueError("--loss-scale 0: must be larger than 0")
     if recipe["epochs"] < 1 and recipe["iterations"] < 1:
         raise ValueError(f"--epochs {recipe['epochs']}: at least 1")
     if recipe["class_weight"] != "none" and recipe["loss"] != "bce":
@@ -604,7 +609,7 @@ def main():
         model.load_state_dict(checkpoint["model"])
         load_optimizer(optimizer, scaler, checkpoint)
         state = {key: checkpoint[key] for key in FRESH}
-        message = f"goes on from {out / 'last.pt'}"
+        message = f"resuming from {out / 'last.pt'}"
     step = state["iteration"]
     if main_process:
         out.mkdir(parents=True, exist_ok=True)
@@ -622,7 +627,7 @@ def main():
     autocast = evaluate.make_autocast(device, args.amp)
     class_weight = class_weights(videos.class_counts, recipe["class_weight"])
     max_norm = recipe["clip_grad"] or math.inf
-    rate_recipe = {**recipe, "epochs": total / steps_per_epoch}  # also if iterations are counted
+    rate_recipe = {**recipe, "epochs": total / steps_per_epoch}  # epochs is 0 if iterations count
 
     def save_as(name):
         if main_process:

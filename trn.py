@@ -46,11 +46,11 @@ class Relation(nn.Module):
         # all increasing tuples of k frame indices; a buffer, so that model.to() moves them too
         tuples = torch.tensor(list(itertools.combinations(range(frames), scale)))
         self.register_buffer("tuples", tuples, persistent=False)  # (R_k, k)
-        self.terms = min(3, len(tuples))  # n_k; 3 as in both public codes
+        self.terms = min(3, len(tuples))  # n_k; 3 as in TRN-pytorch and mmaction2
 
     def forward(self, f, tuples=None):
         # Training draws n_k of all tuples without replacement, the same for the whole batch.
-        # randperm uses PyTorch's CPU generator, on a GPU too.
+        # randperm uses PyTorch's CPU generator, so the draw is the same on any device.
         if tuples is None:
             tuples = self.tuples
             if self.training:
@@ -62,8 +62,8 @@ class Relation(nn.Module):
         x = x.flatten(2)  # (B, n, k*256)
         x = torch.relu(self.hidden(x))  # (B, n, h)
 
-        # Both public codes add up the logits of n_k tuples, which is n_k times their mean. Taking
-        # the mean before the last linear layer gives the same, and the layer runs only once.
+        # TRN-pytorch and mmaction2 add up the logits of n_k tuples, which is n_k times their mean.
+        # The mean before the last linear layer gives the same, and the layer runs only once.
         x = x.mean(dim=1)  # (B, h)
         return self.terms * self.fc(x)  # (B, K)
 
@@ -79,12 +79,14 @@ class TRN(nn.Module):
     def __init__(self, num_classes, segments=8, backbone="resnet50", multiscale=True, dropout=0.5):
         super().__init__()
         if multiscale and segments < 2:
-            raise ValueError(f"a multiscale TRN takes 2 to 10 frames, got {segments}: no pairs")
+            raise ValueError(
+                f"a multiscale TRN takes 2 to 10 frames, got {segments}, which makes no pair"
+            )
         if multiscale and segments > 10:  # evaluation looks at all tuples
             tuples = 2**segments - segments - 1
             raise ValueError(
-                f"a multiscale TRN takes 2 to 10 frames, got {segments}: "
-                f"they make {tuples:,} tuples"
+                f"a multiscale TRN takes 2 to 10 frames, got {segments}, "
+                f"whose {tuples:,} tuples are too many"
             )
         self.frames = segments
 
@@ -98,10 +100,10 @@ class TRN(nn.Module):
         # the frame layer, where the other models have their classifier
         self.dropout = nn.Dropout(dropout)
         self.frame = nn.Linear(features, 256)
-        nn.init.normal_(self.frame.weight, std=0.001)
+        nn.init.normal_(self.frame.weight, std=0.001)  # as the other models' classifier
         nn.init.zeros_(self.frame.bias)
 
-        # the scales, and the width of each relation's hidden layer; both public codes' values
+        # the scales, and the width of each relation's hidden layer; as in TRN-pytorch and mmaction2
         if multiscale:
             scales = range(segments, 1, -1)  # T, T - 1, ... 2
             hidden = 256
@@ -151,18 +153,19 @@ def build(recipe, num_classes):
 
 
 # The report has no row for TRN; this one follows its other image models. A row holds what build()
-# needs, and what differs from the settings in data.py, evaluate.py and train.py.
+# needs, and what differs from the settings in data.py, evaluate.py and train.py. In the comments,
+# "report" means that the report says so, and "ours" that it does not: our source or reason follows.
 RECIPES = {
     "r50_8f": dict(
-        frames=8,  # T; ours: the default of both public codes
+        frames=8,  # T; ours: the default of TRN-pytorch and mmaction2
         backbone="resnet50",  # the 2D network; ours: that of mmaction2
         multiscale=True,  # all scales from T to 2; ours: as most public weights
-        dropout=0.5,  # probability, before the frame layer; report (both public codes: 0.8)
+        dropout=0.5,  # probability, before the frame layer; as the report's image models
     ),
     # The relations begin with a ReLU, so a frame feature that is always negative is dead: it gets
-    # no gradient. Of the 256 features, 2 % were alive after 40 steps with the report's lr and
-    # clip_grad, and at least a sixth after 240 steps with the values below. With 4 % alive, the
-    # network could not tell some videos from their reversals.
+    # no gradient any more. With the report's lr and clip_grad 2 % of the 256 features were left
+    # after 40 steps, too few to tell every video from its reversal; with the values below at least
+    # a sixth were left after 240 steps.
     "toy": dict(
         frames=8,
         backbone="resnet18",
@@ -189,8 +192,8 @@ REPORTED = {"r50_8f": None}
 
 # ---- other people's weights: skip on first reading ----------------------------------------------
 
-# Patterns of other repositories' keys, and our names for them. A pattern must match the whole key:
-# deleting a word such as ".net" wherever it stands would also let in networks unlike this one.
+# Patterns of other repositories' keys, and our names for them. A pattern must match the whole key,
+# so that the files of other networks are refused.
 #   base_model.          TRN-pytorch, X-Temporal, tsn-pytorch, temporal-shift-module
 #   .conv. and .bn.      mmaction2, where a convolution and its batch norm are one module
 BACKBONE = r"(?:base_model\.|backbone\.)?"

@@ -31,10 +31,10 @@ def temporal_shift(x):
     """Move the first C/8 channels one frame earlier and the next C/8 channels one frame later.
 
     x (B, T, C, H, W) -> the same shape and memory layout. The figure in the paper shows the two
-    directions the other way round; the released weights were trained with these.
+    directions the other way round; the released weights need the directions used here.
     """
-    # In five dimensions torch.cat writes its result in the order of the axes. So put the channels
-    # where they lie in memory, last in a channels_last tensor: the result gets the layout of x.
+    # torch.cat of five-dimensional tensors returns contiguous memory. So if x is channels_last,
+    # make the channels its last axis first: then the result has the layout of x.
     axis = 4 if x.stride(2) == 1 else 2
     x = x.movedim(2, axis)
 
@@ -88,7 +88,7 @@ class TSM(nn.Module):
         # the classifier
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(features, num_classes)
-        nn.init.normal_(self.fc.weight, std=0.001)
+        nn.init.normal_(self.fc.weight, std=0.001)  # logits start near 0; the authors' code
         nn.init.zeros_(self.fc.bias)
 
         # The default is what the weights released by TSM's authors need: a shift in every block,
@@ -150,7 +150,8 @@ def build(recipe, num_classes):
 
 
 # The rows of the report's Table 1, and the toy. A row holds what build() needs, and what differs
-# from the settings in data.py, evaluate.py and train.py.
+# from the settings in data.py, evaluate.py and train.py. In the comments, "report" means that the
+# report says so, and "ours" that it does not: our source or reason follows.
 RECIPES = {
     "r50_8f": dict(
         frames=8,  # T; report
@@ -184,8 +185,8 @@ REPORTED = {"r50_8f": 59.85, "r50_16f": 61.12, "r101_8f": 61.06}
 
 # ---- other people's weights: skip on first reading ----------------------------------------------
 
-# Patterns of other repositories' keys, and our names for them. A pattern must match the whole key:
-# deleting a word such as ".net" wherever it stands would also let in networks unlike this one.
+# Patterns of other repositories' keys, and our names for them. A pattern must match the whole key,
+# so that the files of other networks are refused.
 #   base_model.          X-Temporal, tsn-pytorch, temporal-shift-module
 #   .conv. and .bn.      mmaction2, where a convolution and its batch norm are one module
 #   .net.                the convolution that comes after a shift
@@ -238,8 +239,8 @@ def convert(checkpoint):
             tensors = checkpoint[container]
             break
 
-    # torchvision's own files have this key. Their classifier, for the 1,000 classes of ImageNet, is
-    # left out.
+    # torchvision's own files have this key, without a prefix. Their classifier, for the 1,000
+    # classes of ImageNet, is left out.
     from_imagenet = "conv1.weight" in tensors
 
     state = {}

@@ -1,7 +1,7 @@
 """TSN, the Temporal Segment Network: a 2D network sees every frame by itself; logits are averaged.
 
-The T frames come from T equal parts of the video, one from each. TSN is the simplest of the five
-models, and the one that the others are measured against.
+The T frames come from T equal parts (segments) of the video, one from each; data.py picks them.
+TSN is the simplest of the five models, and the one that the others are measured against.
 
 Report: arXiv 2003.05837, section 1.1 and Table 1.
 Paper: Wang and others, "Temporal Segment Networks", arXiv 1608.00859.
@@ -25,8 +25,8 @@ import torchvision
 class TSN(nn.Module):
     """clip (B, T, 3, H, W), normalised -> logits (B, K).
 
-    segments is T, and a clip of another T is a ValueError. backbone is resnet18, resnet50,
-    resnet101, inception_resnet_v2 or senet154. dropout is a probability.
+    segments (the paper's word) is T; a clip of another T is a ValueError. backbone is resnet18,
+    resnet50, resnet101, inception_resnet_v2 or senet154. dropout is a probability.
     """
 
     def __init__(self, num_classes, segments=5, backbone="resnet101", dropout=0.5):
@@ -48,7 +48,7 @@ class TSN(nn.Module):
         # the classifier
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(features, num_classes)
-        nn.init.normal_(self.fc.weight, std=0.001)
+        nn.init.normal_(self.fc.weight, std=0.001)  # logits start near 0; the authors' code
         nn.init.zeros_(self.fc.bias)
 
     def features(self, clip):
@@ -79,7 +79,8 @@ def build(recipe, num_classes):
 
 
 # The rows of the report's Table 1, and the toy. A row holds what build() needs, and what differs
-# from the settings in data.py, evaluate.py and train.py.
+# from the settings in data.py, evaluate.py and train.py. In the comments, "report" means that the
+# report says so, and "ours" that it does not: our source or reason follows.
 RECIPES = {
     "r101_5f": dict(
         frames=5,  # T; report
@@ -101,7 +102,7 @@ RECIPES = {
         init="none",  # ours: torchvision has no weights for it
     ),
     "toy": dict(
-        frames=8,  # ours: as many as the others, whose gain then comes from the order of frames
+        frames=8,  # ours: as many as the other toys, so that they can only gain by the order
         backbone="resnet18",
         dropout=0.5,
     ),
@@ -113,8 +114,8 @@ REPORTED = {"r101_5f": 58.92, "inception_resnet_v2_5f": 57.45, "senet154_5f": 53
 
 # ---- other people's weights: skip on first reading ----------------------------------------------
 
-# Patterns of other repositories' keys, and our names for them. A pattern must match the whole key:
-# deleting a word such as ".net" wherever it stands would also let in networks unlike this one.
+# Patterns of other repositories' keys, and our names for them. A pattern must match the whole key,
+# so that the files of other networks are refused.
 #   base_model.          X-Temporal, tsn-pytorch, temporal-shift-module
 #   .conv. and .bn.      mmaction2, where a convolution and its batch norm are one module
 BACKBONE = r"(?:base_model\.|backbone\.)?"
@@ -165,8 +166,8 @@ def convert(checkpoint):
             tensors = checkpoint[container]
             break
 
-    # An image network's own file has one of these keys. Its classifier, for the 1,000 classes of
-    # ImageNet, is left out.
+    # An image network's own file has one of these keys, without a prefix. Its classifier, for the
+    # 1,000 classes of ImageNet, is left out.
     first_keys = ["conv1.weight", "conv2d_1a.conv.weight", "layer0.conv1.weight"]
     from_imagenet = any(key in tensors for key in first_keys)
 
@@ -230,7 +231,7 @@ class Inception(nn.Module):
             self.add_module(f"branch{i}", branch)
 
     def forward(self, x):
-        # by name, since a residual block holds a convolution beside its branches
+        # by name, since a ResidualInception has a convolution, conv2d, beside its branches
         results = []
         for name, module in self.named_children():
             if name.startswith("branch"):
@@ -260,7 +261,7 @@ class ResidualInception(Inception):
 
 
 def inception_35():
-    """The block for maps of 35 x 35, in an image of 299 pixels, or 25 x 25, in one of 224."""
+    """The block for maps of 35 x 35 (25 x 25 if the image has 224 pixels instead of 299)."""
     return ResidualInception(
         unit(320, 32, 1),
         nn.Sequential(
@@ -278,7 +279,7 @@ def inception_35():
 
 
 def inception_17():
-    """The block for maps of 17 x 17, in an image of 299 pixels, or 12 x 12, in one of 224."""
+    """The block for maps of 17 x 17 (12 x 12 if the image has 224 pixels instead of 299)."""
     return ResidualInception(
         unit(1088, 192, 1),
         nn.Sequential(
@@ -292,7 +293,7 @@ def inception_17():
 
 
 def inception_8(scale=0.2, relu=True):
-    """The block for maps of 8 x 8, in an image of 299 pixels, or 5 x 5, in one of 224."""
+    """The block for maps of 8 x 8 (5 x 5 if the image has 224 pixels instead of 299)."""
     return ResidualInception(
         unit(2080, 192, 1),
         nn.Sequential(

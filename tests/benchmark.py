@@ -150,8 +150,8 @@ class Bench:
 
 def keep_memory():
     """Let the process keep the memory that it has once had, as on GPUs. Otherwise glibc gives
-    blocks above 32 MB back to the kernel, which fills each new one with zeros, page by page; that can take
-    longer than the work. Other systems have no mallopt."""
+    blocks above 32 MB back to the kernel, which fills each new one with zeros, page by page; that
+    can take longer than the work. Other systems have no mallopt."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)   # M_MMAP_MAX: no blocks outside the heap
@@ -192,8 +192,8 @@ def compare(row, work, reference, ours, theirs, turns, goal, slower=False):
     if slower:
         reached = ratio <= goal
     print(f"| {row} | {work} | {reference} | {milliseconds(their_times)} | "
-          f"{milliseconds(our_times)} | {ratio:.2f} x {words} ({low:.2f} to {high:.2f}) | {limit} | "
-          f"{'yes' if reached else 'no'} |", flush=True)
+          f"{milliseconds(our_times)} | {ratio:.2f} x {words} ({low:.2f} to {high:.2f}) | "
+          f"{limit} | {'yes' if reached else 'no'} |", flush=True)
 
 
 def seconds_of(work, turn):
@@ -637,7 +637,7 @@ def print_header(session):
 
 def median_seconds(device, work, turns):
     """The median time of work(), after three calls that do not count. There are fewer turns if
-    they would take longer than 4 seconds. As in training, nothing waits for the GPU between them."""
+    they would take longer than 4 seconds. As in training, nothing waits between them."""
     for _ in range(2):
         work()
     wait_for(device)
@@ -918,7 +918,8 @@ def start_evaluations(session, names):
         checkpoint, flags = EVALUATIONS[name]
         workers = 0 if session.tiny else 2
         start(session, name, "evaluate.py", "--checkpoint", f"{checkpoint}/best.pt",
-              "--data", "toy", "--device", session.device, "--workers", workers, "--out", f"{name}.npz", *flags)
+              "--data", "toy", "--device", session.device, "--workers", workers,
+              "--out", f"{name}.npz", *flags)
 
 
 def report_evaluation(session, name):

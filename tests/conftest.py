@@ -115,7 +115,7 @@ def scripts_with_tiny(folder):
 
 
 def drawn_tensors(shapes, seed):
-    """{name: shape} -> {name: tensor}. A tensor depends on the seed, its name and its shape alone."""
+    """{name: shape} -> {name: tensor}, each from the seed, its name and its shape alone."""
     tensors = {}
     for name, shape in shapes.items():
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])

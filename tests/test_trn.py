@@ -20,13 +20,16 @@ MULTISCALE = "trn_trnpytorch_r50_t8_multiscale"
 # ---- one scale
 
 
-def test_the_tuples_of_four_frames():
-    """a b c d are 0 1 2 3."""
-    assert trn.Relation(4, 4, 8, 5).tuples.tolist() == [[0, 1, 2, 3]]
-    assert trn.Relation(4, 3, 8, 5).tuples.tolist() == [[0, 1, 2], [0, 1, 3], [0, 2, 3], [1, 2, 3]]
-    assert trn.Relation(4, 2, 8, 5).tuples.tolist() == [
-        [0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3],
-    ]
+@pytest.mark.parametrize("scale, tuples, terms", [
+    (4, [[0, 1, 2, 3]], 1),
+    (3, [[0, 1, 2], [0, 1, 3], [0, 2, 3], [1, 2, 3]], 3),
+    (2, [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]], 3),
+])
+def test_the_tuples_of_four_frames(scale, tuples, terms):
+    """a b c d are 0 1 2 3. Training draws three of them, or all if there are fewer."""
+    relation = trn.Relation(frames=4, scale=scale, hidden=8, num_classes=5)
+    assert relation.tuples.tolist() == tuples
+    assert relation.terms == terms
 
 
 @torch.no_grad()
@@ -54,17 +57,12 @@ def test_a_pair_of_frames_by_hand():
     assert logit(3, 1) == 1
 
 
-@pytest.mark.parametrize("frames, scale, terms", [(8, 8, 1), (8, 7, 3), (8, 2, 3), (3, 2, 3)])
-def test_three_tuples_are_drawn_or_as_many_as_there_are(frames, scale, terms):
-    assert trn.Relation(frames, scale, 4, 2).terms == terms
-
-
 def test_training_draws_tuples_from_pytorchs_cpu_generator():
     relation = trn.Relation(frames=5, scale=3, hidden=4, num_classes=2).train()
     f = torch.eye(5, 256).expand(2, 5, 256)  # frame t is 1 at feature t alone, which names it
     inputs = []
     relation.hidden.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    for seed in range(60):
+    for seed in range(5):
         torch.manual_seed(seed)
         expected = relation.tuples[torch.randperm(10)[:3]]
         torch.manual_seed(seed)

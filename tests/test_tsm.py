@@ -134,11 +134,6 @@ def test_logits_are_those_of_the_authors(name):
     close(model(case.clip[:, case.arrays["perm"]]), case.arrays["logits_perm"])
 
 
-def test_the_reports_rows_shift_in_every_block():
-    """As the code of its authors does, in ResNet-101 too, where the constructor's default is 2."""
-    assert [row["shift_every"] for row in tsm.RECIPES.values()] == [1, 1, 1, 1]
-
-
 # ---- other people's weights
 
 
