@@ -108,10 +108,11 @@ class Video(NamedTuple):
     line: int           # where the path first appears in the list file, counted from 1
 
 
-# Fields are read from the right, so a path may hold spaces.
+# Fields are read from the right, so a path may hold spaces. In our form exactly two fields follow
+# the path; mmaction2's labels are fields too, and its path is what is left of all numbers.
 IDS = r"-1|\d+(?:\s*,\s*\d+)*"
 FORMATS = {
-    "ours": rf"(?P<path>.+?)\s+(?P<frames>\d{{1,15}})\s+(?P<labels>{IDS})",
+    "ours": rf"(?P<path>.*\S)\s+(?P<frames>\d{{1,15}})\s+(?P<labels>{IDS})",
     "mmaction2-frames": r"(?P<path>.+?)\s+(?P<frames>\d{1,15})\s+(?P<labels>-1|\d+(?:\s+\d+)*)",
     "mmaction2-videos": r"(?P<path>.+?)\s+(?P<labels>-1|\d+(?:\s+\d+)*)",
 }
@@ -147,7 +148,10 @@ def read_videos(path, format="auto", num_classes=None, names_allowed=False):
     repeated = 0
     without_frames = 0
     for number, line in lines:
-        video = parse_line(line, number, path, format, num_classes, names_allowed)
+        try:
+            video = parse_line(line, number, format, num_classes, names_allowed)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
         if video.frames == 0:
             without_frames += 1
         elif video.path in videos:
@@ -190,35 +194,37 @@ def tell_format(path, lines):
     return "ours"
 
 
-def parse_line(line, number, file, format, num_classes=None, names_allowed=False):
-    """A list line -> Video. Errors name the file, the line and the form that was expected."""
-    where = f"{file}:{number}"
+def parse_line(line, number, format, num_classes=None, names_allowed=False):
+    """A list line -> Video. Errors name the form that was expected; the caller adds the place."""
     fields = split_fields(line, format)
     if fields is None:
-        raise ValueError(f"{where}: the file is read as {format}, but {line!r} does not fit: "
-                         f"expected {EXPECTED[format]} (-1: unlabelled); --format names another "
-                         "form")
+        raise ValueError(f"the file is read as {format}, but {line!r} does not fit: expected "
+                         f"{EXPECTED[format]} (-1: unlabelled); --format names another form")
     name, frames, labels = fields
 
     # the path
-    path = ENDING.sub("", name).removeprefix("./")
+    path = name.removeprefix("./")
+    if "." in path:
+        path = ENDING.sub("", path)
     parts = path.replace("\\", "/").split("/")
-    if "" in parts or "." in parts or ".." in parts or os.path.isabs(path):
-        raise ValueError(f"{where}: {name!r} must be a relative path inside the folder, such as "
-                         "some/video")
+    drive = parts[0][1:] == ":"  # of Windows
+    if drive or "" in parts or "." in parts or ".." in parts:
+        raise ValueError(f"{name!r} must be a relative path inside the folder, such as some/video")
 
     # the labels
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"{where}: a label appears twice; expected the ids of the classes, not a "
-                         "column of 0 or 1 for each class")
     if labels == ["-1"]:
         return Video(path, frames, [], number)
-    if not all(map(str.isdecimal, labels)):
-        check_names(labels, name, line, where, names_allowed)
+    if all(map(str.isdecimal, labels)):
+        labels = [int(label) for label in labels]
+    else:
+        check_names(labels, name, line, names_allowed)
+    if len(set(labels)) < len(labels):
+        raise ValueError("a label appears twice; expected the ids of the classes, not a column of "
+                         "0 or 1 for each class")
+    if isinstance(labels[0], str):
         return Video(path, frames, labels, number)
-    labels = [int(label) for label in labels]
     if num_classes is not None and max(labels) >= num_classes:
-        raise ValueError(f"{where}: label {max(labels)}, but the last class of categories.txt is "
+        raise ValueError(f"label {max(labels)}, but the last class of categories.txt is "
                          f"{num_classes - 1}")
     return Video(path, frames, labels, number)
 
@@ -241,7 +247,10 @@ def split_fields(line, format):
 def split_csv(line):
     """The same for a csv, also as spreadsheets write it: with spaces after commas, quotes around
     fields, and commas at the end of short rows."""
-    path, *fields = next(csv.reader([line], skipinitialspace=True))
+    try:
+        path, *fields = next(csv.reader([line], skipinitialspace=True))
+    except csv.Error:  # a field of 131,072 characters, say
+        return None
     labels = []
     for field in fields:
         field = field.strip()
@@ -254,17 +263,20 @@ def split_csv(line):
     return path.strip(), None, labels
 
 
-def check_names(labels, name, line, where, names_allowed):
+def check_names(labels, name, line, names_allowed):
     """Check labels that are not all ids: they must all be class names, where these are allowed."""
     if "-1" in labels:
-        raise ValueError(f"{where}: -1 means unlabelled and stands alone, in {line!r}")
+        raise ValueError(f"-1 means unlabelled and stands alone, in {line!r}")
     if any(map(str.isdecimal, labels)):
-        raise ValueError(f"{where}: {line!r} mixes class names and numbers, as the single-label "
-                         f"Moments in Time does; expected {EXPECTED['csv']}")
+        raise ValueError(f"{line!r} mixes class names and numbers, as the single-label Moments in "
+                         f"Time does; expected {EXPECTED['csv']}")
     if not names_allowed:
-        raise ValueError(f"{where}: {labels[0]!r} is not a class id; expected {EXPECTED['csv']}")
+        raise ValueError(f"{labels[0]!r} is not a class id; expected {EXPECTED['csv']}")
+    for label in labels:
+        if not any(map(str.isalpha, label)):
+            raise ValueError(f"{label!r} is neither an id nor the name of a class, in {line!r}")
     if not ENDING.search(name):
-        raise ValueError(f"{where}: {name!r} has no ending of a video file; expected "
+        raise ValueError(f"{name!r} has no ending of a video file; expected "
                          "name.mp4,class[,class...], without a line of column titles")
 
 
@@ -457,7 +469,7 @@ def read_frames(folder, indices, box=None, draft_side=None):
     """
     try:
         read = frame_reader(folder)
-    except (OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged zip raises many kinds of errors
         raise OSError(f"{folder}.zip: {error}") from None
 
     pixels = {}
@@ -574,15 +586,16 @@ class VideoList(torch.utils.data.Dataset):
         self.repeated = 0               # number of lines whose path an earlier line has
         self.without_frames = 0         # number of lines with 0 frames
         self.class_counts = np.zeros(len(self.categories), int)  # videos of each class, (K,)
-        self.hash = ""                  # of all lines: a checkpoint remembers which list it is of
+        # A checkpoint remembers by this hash which list it is of.
+        self.hash = hashlib.sha256(self.text.strip()).hexdigest()[:16]
         self.read_lines()
         if len(self) == 0:
             raise ValueError(f"{self.list}: lists no video that has frames")
 
     def read_lines(self):
         rows = {}  # path -> row; forgotten afterwards
-        counts = [0] * len(self.categories)
-        digest = hashlib.sha256()
+        num_classes = len(self.categories)
+        counts = [0] * num_classes
         start = 0
         for number, line in enumerate(io.BytesIO(self.text), 1):
             here = start
@@ -590,8 +603,10 @@ class VideoList(torch.utils.data.Dataset):
             line = line.decode().strip()
             if not line:
                 continue
-            digest.update(line.encode() + b"\n")
-            video = self.parse(line, number)
+            try:
+                video = parse_line(line, number, "ours", num_classes)
+            except ValueError as error:
+                raise ValueError(f"{self.list}:{number}: {error}") from None
             if video.frames == 0:
                 self.without_frames += 1
                 continue
@@ -609,10 +624,6 @@ class VideoList(torch.utils.data.Dataset):
             for label in new_labels:
                 counts[label] += 1
         self.class_counts += counts
-        self.hash = digest.hexdigest()[:16]
-
-    def parse(self, line, number):
-        return parse_line(line, number, self.list, "ours", len(self.categories))
 
     def video(self, row):
         """The Video of a row."""
@@ -622,7 +633,8 @@ class VideoList(torch.utils.data.Dataset):
         end = self.text.find(b"\n", start)
         if end == -1:
             end = len(self.text)
-        return self.parse(self.text[start:end].decode().strip(), self.lines[row])
+        line = self.text[start:end].decode().strip()
+        return parse_line(line, self.lines[row], "ours")
 
     def describe(self):
         labels = self.class_counts.sum() / len(self)
@@ -883,13 +895,11 @@ def find_videos(folder):
 
     files = {}
     skipped = 0
-    visited = set()  # a link may lead back to a folder above it
     for top, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         folders.sort()
-        if os.path.realpath(top) in visited:
-            folders.clear()
+        if os.path.realpath(top) in map(os.path.realpath, Path(top).parents):
+            folders.clear()  # a link that leads back to a folder above it
             continue
-        visited.add(os.path.realpath(top))
         for name in sorted(names):
             file = Path(top, name)
             if not ENDING.search(name):
@@ -998,14 +1008,15 @@ def decode_video(file, folder):
                "-q:v", "2", "-start_number", "1", "img_%05d.jpg"]
     # a session of its own: Ctrl-C must not make ffmpeg end early with half of the frames
     result = subprocess.run(command, cwd=folder, capture_output=True, start_new_session=True)
-    lines = result.stderr.decode(errors="replace").strip().split("\n")
+    complaint = result.stderr.decode(errors="replace").strip()
+    first_line = complaint.split("\n")[0]
     message = ""
-    if lines[0]:
-        message = "ffmpeg: " + re.sub(" @ 0x[0-9a-f]+", "", lines[0])  # without an address
+    if first_line:
+        message = "ffmpeg: " + re.sub(" @ 0x[0-9a-f]+", "", first_line)  # without an address
     elif result.returncode != 0:
         message = f"ffmpeg: status {result.returncode}"
 
-    if any("No space left on device" in line for line in lines):
+    if "No space left on device" in complaint or "Disk quota exceeded" in complaint:
         raise OSError(errno.ENOSPC, "no space left on the disk; free some, then run the command "
                                     "again")
     if result.returncode < 0 or result.returncode == 255:  # by a signal; 255: it noticed
@@ -1031,12 +1042,12 @@ def frame_names(folder):
     """The file names in a video's folder or, if img_00001.jpg is not there, in its zip."""
     names = []
     if os.path.isdir(folder):
-        names = os.listdir(folder)
+        names = [entry.name for entry in os.scandir(folder) if not entry.is_dir()]
     if FRAME.format(1) not in names and os.path.exists(f"{folder}.zip"):
         try:
             with zipfile.ZipFile(f"{folder}.zip") as archive:
                 names = archive.namelist()
-        except (OSError, zipfile.BadZipFile):
+        except Exception:  # a damaged zip raises many kinds of errors
             names = []
     return names
 
@@ -1061,12 +1072,12 @@ def read_back(line):
     because a file name holds a line break or bytes that are not UTF-8."""
     try:
         line.encode()
-    except UnicodeEncodeError:  # a file name that is not UTF-8
+        video = parse_line(line.strip(), 0, "ours")
+    except ValueError:  # a UnicodeEncodeError is one too
         return None
-    match = PATTERNS["ours"].fullmatch(line.strip())
-    if match is None or len(line.splitlines()) > 1:
+    if len(line.splitlines()) > 1:
         return None
-    return match["path"]
+    return video.path
 
 
 def split_lines(lines, fraction):
@@ -1155,6 +1166,7 @@ def check_frames(folder, count):
 def write_lines(path, lines):
     """Write a text file whole or not at all."""
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    lines = [line.replace("\n", "\\n") for line in lines]  # a file name may hold a line break
     text = "".join(f"{line}\n" for line in lines)
     try:
         # in a list of failures a file name may hold bytes that are not UTF-8
@@ -1229,10 +1241,8 @@ def parse_arguments():
 
     extraction = commands.add_parser("extract", help="decode videos and write their list")
     add = extraction.add_argument
-    add("--videos", required=True, metavar="DIR",
-        help="the folder of videos; sub-folders count")
-    add("--list", metavar="FILE",
-        help="which videos, with their labels (default: all, unlabelled)")
+    add("--videos", required=True, metavar="DIR", help="the folder of videos; sub-folders count")
+    add("--list", metavar="FILE", help="which videos, with their labels (default: all, unlabelled)")
     add("--format", default="auto", choices=["auto", "csv", *FORMATS],
         help="the form of the list; auto tells ours from csv (%(default)s)")
     add("--out", required=True, metavar="DATA", help="the data folder to fill")
@@ -1240,10 +1250,8 @@ def parse_arguments():
     splits.add_argument("--split", help="write DATA/SPLIT.txt; a name such as train")
     splits.add_argument("--val", type=float, metavar="FRACTION",
                         help="write train.txt and val.txt, with this part of the videos in val.txt")
-    add("--pack", action="store_true",
-        help="one zip a video instead of a folder of frames")
-    add("--workers", type=int, default=os.cpu_count(),
-        help="videos decoded at once (%(default)s)")
+    add("--pack", action="store_true", help="one zip a video instead of a folder of frames")
+    add("--workers", type=int, default=os.cpu_count(), help="videos decoded at once (%(default)s)")
 
     checking = commands.add_parser("check", help="compare the lists with the frames")
     checking.add_argument("data", metavar="DATA", help="the data folder")
@@ -1260,7 +1268,9 @@ def main():
             return 2
         return 0
 
-    split = args.split or "train"
+    split = args.split
+    if args.val is not None:
+        split = "train"
     whole, failed = extract(args.videos, args.out, split, list_path=args.list, format=args.format,
                             workers=args.workers, pack=args.pack, val=args.val)
     print(f"{whole} videos extracted, {failed} failed (see {args.out}/{split}_failed.txt)")

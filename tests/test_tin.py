@@ -20,8 +20,7 @@ from conftest import close, drawn_clip, fill, golden, golden_names
 FRACTIONS = [[0.37, -1.62, 1.9, -0.1], [2.5, -3.25, 4.75, -7.4]]
 
 
-# ---- the shift
-
+# ---- the shift -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("offset, expected", [
     (0, [1, 2, 3, 4]),
@@ -120,6 +119,9 @@ def test_shift_and_gradients_are_those_of_the_authors_operator(suffix):
     if suffix == "":  # at whole offsets theirs is the slope to the right
         close(offsets.grad, arrays["op_grad_offsets"], 1e-5)
 
+    # mmcv's operator, which mmaction2 trained with, moves the gradient the wrong way.
+    assert (x.grad - arrays["op_grad_input_mmcv" + suffix]).abs().max() > 1
+
 
 def test_distances_are_float32_for_a_bfloat16_clip():
     """An offset of 1 + 1/512 is 1 in bfloat16."""
@@ -147,8 +149,7 @@ def test_the_memory_layout_is_kept_by_values_and_gradients(dtype):
     assert gradient.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
 
 
-# ---- the module
-
+# ---- the module ------------------------------------------------------------------------------
 
 @torch.no_grad()
 def answering(offsets, weights):
@@ -245,8 +246,7 @@ def test_both_nets_compute_in_float32_under_autocast():
     assert y.dtype == torch.bfloat16
 
 
-# ---- the network
-
+# ---- the network -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", golden_names("tin"))
 @torch.no_grad()
@@ -276,8 +276,7 @@ def test_logits_offsets_and_weights_are_those_of_the_authors(name, monkeypatch):
         close(weights, case.arrays["block_weights"][i])
 
 
-# ---- other people's weights
-
+# ---- other people's weights ------------------------------------------------------------------
 
 @pytest.mark.parametrize("key, expected", [
     ("conv1.conv.weight", "backbone.conv1.weight"),

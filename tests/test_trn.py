@@ -17,8 +17,7 @@ from conftest import close, drawn_clip, fill, golden, golden_names
 MULTISCALE = "trn_trnpytorch_r50_t8_multiscale"
 
 
-# ---- one scale
-
+# ---- one scale -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("scale, tuples, terms", [
     (4, [[0, 1, 2, 3]], 1),
@@ -71,8 +70,7 @@ def test_training_draws_tuples_from_pytorchs_cpu_generator():
         assert torch.equal(drawn, expected.expand(2, 3, 3))  # one draw for the whole batch
 
 
-# ---- the network
-
+# ---- the network -----------------------------------------------------------------------------
 
 def looped(model, f, chosen):
     """The sum over scales and their chosen tuples, one clip and one tuple after another."""
@@ -104,9 +102,9 @@ def test_evaluation_is_the_mean_over_all_draws():
 
 
 def test_sizes_that_are_refused():
-    with pytest.raises(ValueError, match="takes 2 to 10 frames, got 1: no pairs"):
+    with pytest.raises(ValueError, match="2 to 10 frames, got 1, which makes no pair"):
         trn.TRN(3, 1, "resnet18")
-    with pytest.raises(ValueError, match="takes 2 to 10 frames, got 11: they make 2,036 tuples"):
+    with pytest.raises(ValueError, match="2 to 10 frames, got 11, whose 2,036 tuples are too many"):
         trn.TRN(3, 11, "resnet18")
     with torch.device("meta"):  # shapes without memory
         with pytest.raises(ValueError, match="backbone vgg11 is not one of torchvision's ResNets"):
@@ -115,8 +113,7 @@ def test_sizes_that_are_refused():
         assert len(trn.TRN(3, 16, "resnet18", multiscale=False).relations) == 1
 
 
-# ---- the answers of the original code
-
+# ---- the answers of the original code --------------------------------------------------------
 
 def with_the_weights_of(case):
     model = trn.TRN(**case.options).eval()
@@ -156,8 +153,7 @@ def test_every_tuple_gets_the_authors_logits():
         close(torch.stack(answers), case.arrays[f"out_{k}"])
 
 
-# ---- other people's weights
-
+# ---- other people's weights ------------------------------------------------------------------
 
 @pytest.mark.parametrize("key, expected", [
     # TRN-pytorch with one scale, mmaction2 with several

@@ -15,8 +15,7 @@ import tsm
 from conftest import close, drawn_clip, fill, golden, golden_names
 
 
-# ---- the shift
-
+# ---- the shift -------------------------------------------------------------------------------
 
 def test_four_frames_by_hand():
     """a b c d are 1 2 3 4, in each of eight channels."""
@@ -65,6 +64,7 @@ def test_the_memory_layout_is_kept_by_values_and_gradients(dtype):
     last = images.to(memory_format=torch.channels_last).unflatten(0, (2, 8)).requires_grad_()
 
     y = tsm.temporal_shift(last)
+    assert y.dtype == dtype
     assert torch.equal(y, tsm.temporal_shift(plain))
     assert y.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
     assert tsm.temporal_shift(plain).is_contiguous()
@@ -73,8 +73,7 @@ def test_the_memory_layout_is_kept_by_values_and_gradients(dtype):
     assert gradient.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
 
 
-# ---- the network
-
+# ---- the network -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("depth", [18, 50])  # two convolutions in a block, and three
 @torch.no_grad()
@@ -134,8 +133,7 @@ def test_logits_are_those_of_the_authors(name):
     close(model(case.clip[:, case.arrays["perm"]]), case.arrays["logits_perm"])
 
 
-# ---- other people's weights
-
+# ---- other people's weights ------------------------------------------------------------------
 
 @pytest.mark.parametrize("key", [
     "module.base_model.layer3.5.conv1.net.weight",  # X-Temporal, temporal-shift-module

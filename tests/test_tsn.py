@@ -21,8 +21,7 @@ def shapes_only(backbone, segments=5):
         return tsn.TSN(313, segments, backbone).eval()
 
 
-# ---- the network
-
+# ---- the network -----------------------------------------------------------------------------
 
 @torch.no_grad()
 def test_four_frames_by_hand():
@@ -69,8 +68,7 @@ def test_a_backbone_that_is_not_a_resnet_is_refused():
         shapes_only("vgg11")
 
 
-# ---- the answers of the original code
-
+# ---- the answers of the original code --------------------------------------------------------
 
 @pytest.mark.parametrize("name", golden_names("tsn"))
 @torch.no_grad()
@@ -97,8 +95,7 @@ def test_sides_of_the_maps_of_inception_resnet_v2(pixels, sides):
     assert seen == sides
 
 
-# ---- other people's weights
-
+# ---- other people's weights ------------------------------------------------------------------
 
 @pytest.mark.parametrize("backbone", ["inception_resnet_v2", "senet154"])
 def test_a_backbone_keeps_the_names_of_its_image_network(backbone):
