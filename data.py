@@ -199,7 +199,8 @@ def parse_line(line, number, format, num_classes=None, names_allowed=False):
     fields = split_fields(line, format)
     if fields is None:
         raise ValueError(f"the file is read as {format}, but {line!r} does not fit: expected "
-                         f"{EXPECTED[format]} (-1: unlabelled); --format names another form")
+                         f"{EXPECTED[format]} (-1: unlabelled); data.py extract --format reads "
+                         "other forms")
     name, frames, labels = fields
 
     # the path

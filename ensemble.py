@@ -43,6 +43,8 @@ def read_scores(name):
         raise ValueError(f"{name}: not a score file of evaluate.py --out") from None
     labels = arrays.get("labels")
 
+    if arrays["paths"].ndim != 1 or not np.issubdtype(scores.dtype, np.number):
+        raise ValueError(f"{name}: not a score file of evaluate.py --out")
     if scores.ndim != 2 or len(scores) != len(paths):
         raise ValueError(f"{name}: {len(paths)} paths, but scores {scores.shape}")
     if len(set(paths)) != len(paths):

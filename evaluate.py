@@ -107,7 +107,7 @@ def hit_rates(scores, labels):
 
 def print_metrics(scores, labels):
     """Print the sample-level mAP on a line of its own, last, after some supplementary figures."""
-    if labels is None:
+    if labels is None or not labels.any():
         print("the list has no labels: scores, but no mAP")
         return
     precision = average_precision(scores, labels)
@@ -422,28 +422,31 @@ def read_checkpoint(path):
         function = getattr(np._core.multiarray, name)
         numpy_objects.append((function, f"numpy._core.multiarray.{name}"))
         numpy_objects.append((function, f"numpy.core.multiarray.{name}"))  # as NumPy 1 wrote it
-    try:
-        with torch.serialization.safe_globals(numpy_objects):
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except OSError:
-        raise
-    except Exception as error:  # damaged bytes raise many kinds of errors
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            raise ValueError(f"{path}: asks for a Python object that is not a tensor, and loading "
-                             "it could run code; save the state_dict alone with the program that "
-                             "wrote the file: torch.save(model.state_dict(), ...)") from None
-        raise ValueError(f"{path}: not a PyTorch checkpoint, or truncated") from None
+    with open(path, "rb") as file:
+        try:
+            with torch.serialization.safe_globals(numpy_objects):
+                return dict(torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as error:  # damaged bytes raise many kinds of errors
+            problem = error
+    if isinstance(problem, pickle.UnpicklingError) and "GLOBAL" in str(problem):
+        raise ValueError(f"{path}: asks for a Python object that is not a tensor, and loading it "
+                         "could run code; save the state_dict alone with the program that wrote "
+                         "the file: torch.save(model.state_dict(), ...)")
+    raise ValueError(f"{path}: not a PyTorch checkpoint, or truncated")
 
 
 def convert(module, checkpoint, path):
     """The tensors of a checkpoint, as read, in our names. The module's convert gets {"model":
-    tensors} whatever the container was called, or the bare tensors, without the prefixes of DDP and
-    torch.compile, so that a new model file need not know any of these."""
-    cleaned = strip_prefixes(checkpoint)
+    tensors} whatever the container was called, without the prefixes of DDP and torch.compile, so
+    that a new model file need not know any of these."""
+    tensors = checkpoint
     for container in ("state_dict", "model", "model_state", "model_state_dict", "net"):
         if isinstance(checkpoint.get(container), dict):
-            cleaned = {"model": strip_prefixes(checkpoint[container])}
+            tensors = checkpoint[container]
             break
+    cleaned = {"model": strip_prefixes(tensors)}
+    if "blobs" in checkpoint:  # PySlowFast's Caffe2 arrays have a container of their own
+        cleaned = checkpoint
     try:
         return module.convert(cleaned)
     except ValueError as error:
@@ -517,7 +520,7 @@ def start_process(device=None):
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.ones(1, device=device)
+        torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # there is no such device, or none here
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
     device = torch.device(device)
@@ -527,7 +530,14 @@ def start_process(device=None):
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     if world > 1:
-        dist.init_process_group(backend)
+        # When torchrun has restarted the processes, its store still holds the addresses of the dead
+        # ones. A prefix for each start hides them. On several nodes the starts are counted
+        # differently, so there this cannot help; README.md says what does.
+        store, _, _ = next(dist.rendezvous("env://"))
+        if world == int(os.environ.get("LOCAL_WORLD_SIZE", world)):
+            start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"start {start}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return rank, world, device
 
 
@@ -697,7 +707,7 @@ def parse_arguments():
     config = {"model": args.model, "recipe": {}, "categories": None}
     if args.checkpoint:
         config = checkpoint.get("config")
-        if not isinstance(config, dict) or not isinstance(config.get("recipe"), dict):
+        if not isinstance(config, dict) or not {"model", "recipe", "categories"} <= set(config):
             raise ValueError(f"{path}: not a checkpoint of train.py; for other people's files: "
                              f"--model NAME --weights {path}")
     module, recipe = open_model(config["model"], args.recipe)
@@ -794,7 +804,7 @@ def main():
                     "iteration": checkpoint.get("iteration"), "list": str(videos.list),
                     "classes": num_classes, "categories": categories,
                     "protocol": {**protocol, "average": args.average},
-                    "left_out": videos.repeated + videos.without_frames, "map": None}
+                    "left_out": videos.without_frames, "map": None}
             if labels is not None:
                 meta["map"] = sample_map(scores, labels)
             paths = [videos.video(row).path for row in range(len(videos))]

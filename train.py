@@ -222,6 +222,8 @@ def load_init(module, model, recipe, categories):
         return "init none: every tensor has its initial value"
     if init == "imagenet":
         checkpoint = imagenet_weights(recipe)
+    elif not os.path.exists(init):
+        raise ValueError(f"--init {init}: no such file, and neither imagenet nor none")
     else:
         checkpoint = evaluate.read_checkpoint(init)
     theirs = evaluate.convert(module, checkpoint, init)
@@ -251,6 +253,9 @@ def load_init(module, model, recipe, categories):
             raise ValueError(f"--init {init}: {problem}; the file is of another network or size")
     if not fitting:
         raise ValueError(f"--init {init}: nothing in the file fits this network")
+    if len(fitting) < len(ours) / 3:
+        raise ValueError(f"--init {init}: only {len(fitting)} of {len(ours)} tensors fit; for "
+                         f"example, {next(iter(problems.values()))}")
     model.load_state_dict(fitting, strict=False)
 
     message = f"init {init}: {len(fitting)} of {len(ours)} tensors read"
@@ -415,6 +420,9 @@ def print_settings(args, recipe, device, world, model, videos, val):
     print(f"{args.model}: {parameters:,} parameters, {len(videos.categories)} classes")
     print(videos.describe())
     print(val.describe())
+    classes_per_label = len(videos.categories) * len(videos) / max(videos.class_counts.sum(), 1)
+    print(f"loss {recipe['loss']}, scale {recipe['loss_scale']:g}; classes / labels per video: "
+          f"{classes_per_label:.1f}")
 
 
 def print_plan(recipe, world, steps_per_epoch, total, start):
@@ -487,8 +495,8 @@ def count_steps(recipe, videos, world):
 
 def validate(model, val, val_labels, recipe, device, world, args, autocast):
     """(mAP, text for the log line): every validation video, seen by one view."""
-    # In training each process keeps its own running means. Copy those of the first process, so that
-    # all score the network that it saves.
+    # Since the last step began, each process has updated its own running means. Copy those of the
+    # first process, so that all score the network that it saves.
     if world > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)

@@ -118,7 +118,7 @@ TABLE = {
         ("--model data", "--model data: no model file"),
         ("--recipe gone", "--recipe gone: tsn.py has the rows r101_5f, "),
         ("--backbone resnet9", "resnet9"),
-        ("--init imagnet", "'imagnet'"),
+        ("--init imagnet", "--init imagnet: no such file"),
         ("--init nothing", "nothing: not a PyTorch checkpoint, or truncated"),
         ("--init object.pt", "object.pt: asks for a Python object that is not a tensor"),
         ("--init run/best.pt --backbone resnet34", "conv1.weight is not in the file"),

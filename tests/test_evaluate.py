@@ -391,7 +391,7 @@ def lab(tmp_path_factory):
     toy = folder / "toy"
     data.draw_toy(toy, videos=32)
     lines = (toy / "val.txt").read_text().splitlines()
-    data.write_lines(toy / "seven.txt", lines[:7])
+    data.write_lines(toy / "seven.txt", lines[6::-1])  # not in the order of the paths
     data.write_lines(toy / "two.txt", lines[:2])
     data.write_lines(toy / "test.txt", [f"{line.split()[0]} 24 -1" for line in lines[:3]])
     data.write_lines(toy / "broken.txt", [*lines[:3], "val/none 24 1", lines[4]])
@@ -720,12 +720,14 @@ class NewModelFile:
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 def test_a_new_model_file_gets_every_container_as_model(container, prefix):
     checkpoint = {"epoch": 3, container: {f"{prefix}net.module.weight": 1}}
-    assert evaluate.convert(NewModelFile, checkpoint, "file.pth") == {"model": {"net.module.weight": 1}}
+    converted = evaluate.convert(NewModelFile, checkpoint, "file.pth")
+    assert converted == {"model": {"net.module.weight": 1}}
 
 
 def test_containers_that_are_none_and_several():
     """A file that is a bare state_dict stays one."""
-    assert evaluate.convert(NewModelFile, {"module.fc.weight": 1}, "file.pth") == {"fc.weight": 1}
+    assert evaluate.convert(NewModelFile, {"module.fc.weight": 1}, "file.pth") == {
+        "model": {"fc.weight": 1}}
     checkpoint = {"model": "tin", "net": {"a": 1}}  # a text is no container
     assert evaluate.convert(NewModelFile, checkpoint, "file.pth") == {"model": {"a": 1}}
     checkpoint = {"net": {"b": 1}, "model": {"c": 1}, "state_dict": {"a": 1}}
@@ -1134,6 +1136,7 @@ def test_two_processes_say_once_what_one_says(lab, run, monkeypatch):
     monkeypatch.chdir(lab.folder)
     _, lines, _ = run(*flags, "--out", "one.npz")
     assert result.stdout.splitlines() == lines
+    assert "videos 4/4" in result.stderr and "videos 3/3" not in result.stderr  # the first's part
     one = np.load("one.npz")
     two = np.load("two.npz")
     assert one["paths"].tolist() == two["paths"].tolist()
