@@ -109,7 +109,7 @@ class Video(NamedTuple):
 
 
 # Fields are read from the right, so a path may hold spaces. In our form exactly two fields follow
-# the path; mmaction2's labels are fields too, and its path is what is left of all numbers.
+# the path; mmaction2's path ends before the run of numbers that closes the line.
 IDS = r"-1|\d+(?:\s*,\s*\d+)*"
 FORMATS = {
     "ours": rf"(?P<path>.*\S)\s+(?P<frames>\d{{1,15}})\s+(?P<labels>{IDS})",
@@ -222,9 +222,7 @@ def parse_line(line, number, format, num_classes=None, names_allowed=False):
     if len(set(labels)) < len(labels):
         raise ValueError("a label appears twice; expected the ids of the classes, not a column of "
                          "0 or 1 for each class")
-    if isinstance(labels[0], str):
-        return Video(path, frames, labels, number)
-    if num_classes is not None and max(labels) >= num_classes:
+    if num_classes is not None and isinstance(labels[0], int) and max(labels) >= num_classes:
         raise ValueError(f"label {max(labels)}, but the last class of categories.txt is "
                          f"{num_classes - 1}")
     return Video(path, frames, labels, number)
@@ -556,7 +554,7 @@ class VideoList(torch.utils.data.Dataset):
     """DATA/<split>.txt and its frames.
 
     train: an item is (clip uint8 (T, H, W, 3), labels float32 (K,), row), a random, augmented clip.
-    What is random depends on the epoch, so the index says it too: epoch * len + row.
+    What is random depends on the epoch, so the index carries it: epoch * len + row.
     Not train: the same with the recipe's single evaluation view. Or, if a function `views` is
     given, (row, views(read, num_frames, path)), where read(indices) gives whole frames.
 
@@ -1020,7 +1018,7 @@ def decode_video(file, folder):
     if "No space left on device" in complaint or "Disk quota exceeded" in complaint:
         raise OSError(errno.ENOSPC, "no space left on the disk; free some, then run the command "
                                     "again")
-    if result.returncode < 0 or result.returncode == 255:  # by a signal; 255: it noticed
+    if result.returncode < 0 or result.returncode == 255:  # 255: it caught the signal
         return 0, f"ffmpeg was stopped (status {result.returncode}); run the command again"
     count = count_frames(folder)
     if count == 0 and not message:

@@ -68,8 +68,9 @@ def average_precision(scores, labels):
 
     AP is the mean, over the video's labels u, of
     #{labels p: score p >= score u} / #{classes c: score c >= score u}.
-    A class with the same score counts as ranked ahead of u, so ties never help. A video without
-    labels has AP 0, as in scikit-learn. Report: "mean Average Precision under sample level".
+    Equal scores enter together: a class without the label that ties with u lowers the precision, a
+    label that ties raises it. A video without labels has AP 0, as in scikit-learn's
+    average_precision_score. Report: "mean Average Precision under sample level".
     """
     scores = np.asarray(scores)
     labels = np.asarray(labels)
@@ -83,9 +84,9 @@ def average_precision(scores, labels):
     # One row for each pair of a video and one of its labels; there are P pairs in all.
     videos, classes = np.nonzero(labels)
     threshold = scores[videos, classes]
-    ahead = scores[videos] >= threshold[:, None]  # (P, K)
-    hits = ahead & (labels[videos] == 1)          # (P, K)
-    precision = hits.sum(axis=1) / ahead.sum(axis=1)
+    at_or_above = scores[videos] >= threshold[:, None]  # (P, K)
+    hits = at_or_above & (labels[videos] == 1)          # (P, K)
+    precision = hits.sum(axis=1) / at_or_above.sum(axis=1)
 
     # the mean over each video's pairs
     sums = np.bincount(videos, weights=precision, minlength=len(scores))
@@ -357,7 +358,7 @@ def override(recipe, values):
     recipe = {**recipe, **values}
     if "epochs" in values and "iterations" not in values:
         recipe["iterations"] = 0
-    if "iterations" in values and "epochs" not in values:
+    if values.get("iterations", 0) > 0 and "epochs" not in values:
         recipe["epochs"] = 0
     return recipe
 
@@ -615,8 +616,8 @@ def label_videos(args, score, recipe, protocol, categories):
 
 
 def draw_labels(frames, labels, columns=8, frame_height=128, line=24):
-    """A picture of the frames that the model saw, uint8 (T, h, w, 3), in order, and below them a
-    bar for each of {label: probability}. Sizes are in pixels."""
+    """A picture of a clip's whole frames, uint8 (T, h, w, 3), in order, and below them a bar for
+    each of {label: probability}. Sizes are in pixels."""
     columns = min(columns, len(frames))
     rows = -(-len(frames) // columns)  # rounded up
     frame_width = round(frame_height * frames.shape[2] / frames.shape[1])
@@ -659,12 +660,13 @@ def stack_pictures(pictures):
 # ---- the script ------------------------------------------------------------------------------
 
 def parse_arguments():
-    """(args, module, recipe, checkpoint, path, config). The recipe is the checkpoint's, or, for
-    other people's weights, a row of the model file, with the values that were given as flags."""
+    """Read the command line and the checkpoint -> (args, module, recipe, checkpoint, path, config).
+    The recipe is the checkpoint's, or, for other people's weights, a row of the model file, with
+    the values that were given as flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog="Every recipe key is a flag too: --clips 10 --crops random --scales 128 144; "
+        epilog="The recipe's keys are flags too: --clips 10 --crops random --scales 128 144; "
                "--loss ce for a network that was trained by cross-entropy, such as on Kinetics.")
     add = parser.add_argument
     add("--checkpoint", metavar="FILE",
@@ -677,8 +679,8 @@ def parse_arguments():
     add("--data", metavar="DATA", help="a data folder (default: the toy, runs/toy)")
     add("--split", default="val", help="which of its lists (%(default)s)")
     add("--protocol", choices=["clip", "dense", "multiscale"],
-        help="one view, clips x crops at the first scale, or at all scales (clip; multiscale if "
-             "--clips, --crops or --scales is given)")
+        help="one view, clips x crops at the first scale, or at all scales (default: clip, or "
+             "multiscale if --clips, --crops or --scales is given)")
     add("--average", default="prob", choices=["prob", "logit"],
         help="what is averaged over the views (%(default)s)")
     add("--out", metavar="FILE.npz", help="write paths, scores and labels, for ensemble.py")
@@ -696,7 +698,8 @@ def parse_arguments():
     add("--video", nargs="+", metavar="FILE", help="label these video files instead of a list")
     add("--top", type=int, default=5, help="labels per video (%(default)s)")
     add("--json", action="store_true", help="print the labels as JSON")
-    add("--picture", metavar="OUT.png", help="draw the frames that the model saw and its labels")
+    add("--picture", metavar="OUT.png",
+        help="draw the middle clip's frames, uncropped, and the labels")
     args, rest = parser.parse_known_args()
     if not args.checkpoint and not (args.model and args.weights):
         parser.error("which network? --checkpoint FILE, or --model NAME --weights FILE")

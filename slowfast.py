@@ -167,7 +167,7 @@ class Pathway(nn.Module):
         stages = []
         channels = width
         for stage in range(4):
-            # The fast map has 1/8 of the slow channels, and its lateral doubles them: 1/4 more.
+            # The fast map has 1/8 of the slow channels, and a lateral adds 2 x 1/8 = 1/4.
             if laterals:
                 channels += channels // 4
 
@@ -338,7 +338,9 @@ def build(recipe, num_classes):
     )
 
 
-SHARED = dict(  # what all rows but the toy have in common
+# What all rows but the toy have in common. In the comments, "report" means that the report says so,
+# and "ours" that it does not: our source or reason follows.
+SHARED = dict(
     # network
     depth=101,             # 50, 101, 152 or 200; report: 152 and 200 score nearly the same
     dropout=0.5,           # probability, before the classifier; report
@@ -376,10 +378,9 @@ SHARED = dict(  # what all rows but the toy have in common
 # The rows of the report's Table 2, the Slow 8x8 of its section 2 (c), and the toy. A row holds what
 # build() needs, and what differs from the settings in data.py, evaluate.py and train.py.
 #
-# frames is T, and stride the distance of two frames in the video. A variant's name gives both, for
-# two pathways those of the slow one: in slowfast_8x8 it sees 32 / 4 = 8 frames, 4 x 2 = 8 apart. So
-# slow_8x4 and slow_8x8 are the same network on other frames. In the comments, "report" means that
-# the report says so, and "ours" that it does not: our source or reason follows.
+# frames is T, and stride the distance of two frames in the video. A variant's name gives both; with
+# two pathways it describes the slow one, which in slowfast_8x8 sees 32 / 4 = 8 frames, 4 x 2 = 8
+# apart. So slow_8x4 and slow_8x8 are the same network on other frames.
 RECIPES = {
     "r101_8x8": {**SHARED, "variant": "slowfast_8x8", "frames": 32, "stride": 2},
     "r101_11x8": {**SHARED, "variant": "slowfast_11x8", "frames": 44, "stride": 2},
@@ -580,7 +581,8 @@ def convert(checkpoint):
     if not state:
         raise ValueError(f"{__name__}.py finds no tensors in the checkpoint")
 
-    # A pathway alone has been called slow so far. It is a fast one if its stem sees several frames.
+    # A pathway alone, without a name, has been called slow so far. It is a fast one if its stem
+    # sees several frames.
     stem = state.get("slow.conv1.weight")
     if stem is not None and stem.dim() == 5 and stem.shape[2] > 1:
         state = {name.replace("slow.", "fast."): tensor for name, tensor in state.items()}

@@ -1,20 +1,20 @@
 """TIN, the Temporal Interlacing Network: a 2D ResNet in which some channels are shifted along time.
 
-A quarter of the channels moves. In every block, one small net computes the distances from the clip
-itself, and another one a weight for each frame. TIN is the report's own network, and the best of
-its image models.
+A quarter of the channels moves. In every block, one small net computes from the block's input how
+far each group of channels moves, and another one a weight for each frame. TIN is the report's own
+network, and the best of its image models.
 
 Report: arXiv 2003.05837, section 1.4 and Table 1.
 Paper: Shao, Qian and Liu, "Temporal Interlacing Network", arXiv 2001.06499.
 
     One channel of four frames a b c d, moved by an offset. Frames shifted past the end are
-    dropped; the gap is filled with zeros.
+    dropped, at either end; the gap is filled with zeros.
 
     frame         0          1          2          3
     offset  0     a          b          c          d
     offset +1     0          a          b          c          content moves later
     offset -1     b          c          d          0          content moves earlier
-    offset +1/2   a/2        (a+b)/2    (b+c)/2    (c+d)/2    fractions: it can be learned
+    offset +1/2   a/2        (a+b)/2    (b+c)/2    (c+d)/2    a fraction interpolates
 
 This happens to the input of a residual block's first convolution; the block's shortcut gets the
 frames as they were. The first f = C/4 channels form G = 4 groups, which move by o0, o1, -o0 and
@@ -44,7 +44,7 @@ def temporal_interlace(x, offsets, weights=None):
     including those of the offsets (0 at an integer offset, where the slope jumps). It costs less
     than 0.6 % of a ResNet-50's multiplications.
     """
-    # Offsets are float32 even if x is bfloat16, whose numbers above 1 are 1/128 frame apart.
+    # At least float32, even if x is bfloat16, whose numbers above 1 are 1/128 frame apart.
     offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
 
     # matrix[b, g, t, s]: how much of frame s arrives at frame t
@@ -329,8 +329,8 @@ def convert(checkpoint):
             tensors = checkpoint[container]
             break
 
-    # torchvision's own files have this key, without a prefix. Their classifier, for the 1,000
-    # classes of ImageNet, is left out.
+    # torchvision's own files have this key. Their classifier, for the 1,000 classes of ImageNet, is
+    # left out.
     from_imagenet = "conv1.weight" in tensors
 
     state = {}
@@ -338,7 +338,7 @@ def convert(checkpoint):
         name = our_name(str(key))
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{__name__}.py needs a tensor under the key {key}")
-        if from_imagenet and name.startswith("fc."):
+        if from_imagenet and name.startswith("fc.") and len(tensor) == 1000:
             continue
         state[name] = tensor
     if not state:

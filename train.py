@@ -195,10 +195,10 @@ def batches(num_videos, batch, seed, start, total, rank, world):
     steps_per_epoch = num_videos // batch
     order = None
     for iteration in range(start, total):
-        epoch, step = divmod(iteration, steps_per_epoch)
-        if step == 0 or order is None:
+        epoch, position = divmod(iteration, steps_per_epoch)
+        if position == 0 or order is None:
             order = np.random.default_rng([seed, epoch]).permutation(num_videos)
-        rows = order[step * batch : (step + 1) * batch][rank::world]
+        rows = order[position * batch : (position + 1) * batch][rank::world]
         yield [epoch * num_videos + int(row) for row in rows]  # VideoList divides it up again
 
 
@@ -495,8 +495,8 @@ def count_steps(recipe, videos, world):
 
 def validate(model, val, val_labels, recipe, device, world, args, autocast):
     """(mAP, text for the log line): every validation video, seen by one view."""
-    # Since the last step began, each process has updated its own running means. Copy those of the
-    # first process, so that all score the network that it saves.
+    # DDP copies the first process's running means to all when a step begins; the step then changes
+    # them in each process. Copy them once more, so that all score the network that is saved.
     if world > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
@@ -635,7 +635,8 @@ def main():
     autocast = evaluate.make_autocast(device, args.amp)
     class_weight = class_weights(videos.class_counts, recipe["class_weight"])
     max_norm = recipe["clip_grad"] or math.inf
-    rate_recipe = {**recipe, "epochs": total / steps_per_epoch}  # epochs is 0 if iterations count
+    # With --iterations the recipe's epochs is 0, but the milestones need the real number.
+    rate_recipe = {**recipe, "epochs": total / steps_per_epoch}
 
     def save_as(name):
         if main_process:
@@ -705,7 +706,7 @@ def main():
         save_now = step % args.save_every == 0 or step % steps_per_epoch == 0 or step == total
         if log_now or save_now:
             state["iteration"] = step
-            state["epoch"] = step // steps_per_epoch
+            state["epoch"] = step // steps_per_epoch  # whole ones; a log line says which is running
             state["losses"] = state["losses"] + average_losses(new_losses, world)
             new_losses.clear()
             check_finite(state, grad_norm.item(), args.amp)

@@ -63,7 +63,7 @@ class Relation(nn.Module):
         x = torch.relu(self.hidden(x))  # (B, n, h)
 
         # TRN-pytorch and mmaction2 add up the logits of n_k tuples, which is n_k times their mean.
-        # The mean before the last linear layer gives the same, and the layer runs only once.
+        # The mean before the last linear layer gives the same, and that layer sees one vector.
         x = x.mean(dim=1)  # (B, h)
         return self.terms * self.fc(x)  # (B, K)
 
@@ -100,7 +100,7 @@ class TRN(nn.Module):
         # the frame layer, where the other models have their classifier
         self.dropout = nn.Dropout(dropout)
         self.frame = nn.Linear(features, 256)
-        nn.init.normal_(self.frame.weight, std=0.001)  # as the other models' classifier
+        nn.init.normal_(self.frame.weight, std=0.001)  # as TSN's classifier
         nn.init.zeros_(self.frame.bias)
 
         # the scales, and the width of each relation's hidden layer; as in TRN-pytorch and mmaction2
@@ -160,7 +160,7 @@ RECIPES = {
         frames=8,  # T; ours: the default of TRN-pytorch and mmaction2
         backbone="resnet50",  # the 2D network; ours: that of mmaction2
         multiscale=True,  # all scales from T to 2; ours: as most public weights
-        dropout=0.5,  # probability, before the frame layer; as the report's image models
+        dropout=0.5,  # probability, before the frame layer; ours: as the report's image models
     ),
     # The relations begin with a ReLU, so a frame feature that is always negative is dead: it gets
     # no gradient any more. With the report's lr and clip_grad 2 % of the 256 features were left

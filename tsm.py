@@ -8,7 +8,7 @@ Report: arXiv 2003.05837, section 1.3 and Table 1.
 Paper: Lin, Gan and Han, "TSM: Temporal Shift Module", arXiv 1811.08383.
 
     One channel of four frames a b c d, moved by an offset. Frames shifted past the end are
-    dropped; the gap is filled with zeros.
+    dropped, at either end; the gap is filled with zeros.
 
     frame         0          1          2          3
     offset  0     a          b          c          d
@@ -31,7 +31,8 @@ def temporal_shift(x):
     """Move the first C/8 channels one frame earlier and the next C/8 channels one frame later.
 
     x (B, T, C, H, W) -> the same shape and memory layout. The figure in the paper shows the two
-    directions the other way round; the released weights need the directions used here.
+    directions the other way round; the released weights need the directions used here. Gradients
+    move the opposite way, and those of a dropped frame are 0.
     """
     # torch.cat of five-dimensional tensors returns contiguous memory. So if x is channels_last,
     # make the channels its last axis first: then the result has the layout of x.
@@ -239,8 +240,8 @@ def convert(checkpoint):
             tensors = checkpoint[container]
             break
 
-    # torchvision's own files have this key, without a prefix. Their classifier, for the 1,000
-    # classes of ImageNet, is left out.
+    # torchvision's own files have this key. Their classifier, for the 1,000 classes of ImageNet, is
+    # left out.
     from_imagenet = "conv1.weight" in tensors
 
     state = {}
@@ -248,7 +249,7 @@ def convert(checkpoint):
         name = our_name(str(key))
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{__name__}.py needs a tensor under the key {key}")
-        if from_imagenet and name.startswith("fc."):
+        if from_imagenet and name.startswith("fc.") and len(tensor) == 1000:
             continue
         state[name] = tensor
     if not state:

@@ -102,7 +102,7 @@ RECIPES = {
         init="none",  # ours: torchvision has no weights for it
     ),
     "toy": dict(
-        frames=8,  # ours: as many as the other toys, so that they can only gain by the order
+        frames=8,  # ours: as many as the toys of TSM, TIN and TRN
         backbone="resnet18",
         dropout=0.5,
     ),
@@ -166,8 +166,8 @@ def convert(checkpoint):
             tensors = checkpoint[container]
             break
 
-    # An image network's own file has one of these keys, without a prefix. Its classifier, for the
-    # 1,000 classes of ImageNet, is left out.
+    # An image network's own file has one of these keys. Its classifier, for the 1,000 classes of
+    # ImageNet (1,001 in one of Cadene's files), is left out.
     first_keys = ["conv1.weight", "conv2d_1a.conv.weight", "layer0.conv1.weight"]
     from_imagenet = any(key in tensors for key in first_keys)
 
@@ -176,7 +176,7 @@ def convert(checkpoint):
         name = our_name(str(key))
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{__name__}.py needs a tensor under the key {key}")
-        if from_imagenet and name.startswith("fc."):
+        if from_imagenet and name.startswith("fc.") and len(tensor) in (1000, 1001):
             continue
         state[name] = tensor
     if not state:

@@ -241,7 +241,8 @@ def test_the_examples_of_the_readme_are_right():
 
 
 PYSLOWFAST = ("--model slowfast --depth 50 --fusion-kernel 7 --fusion-norm --fc-bias "
-              "--slow-index linspace --mean 0.45 0.45 0.45 --std 0.225 0.225 0.225")
+              "--slow-index linspace --mean 0.45 0.45 0.45 --std 0.225 0.225 0.225 "
+              "--test-resize 256 --test-crop 224")
 
 
 @pytest.mark.parametrize("case, flags", [
