@@ -692,7 +692,7 @@ def parse_arguments():
         help="loader processes per process, 0: none (%(default)s)")
     add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     add("--amp", default="off", choices=["off", "bf16", "fp16"],
-        help="half precision; scores change in the third decimal (%(default)s)")
+        help="half precision; bf16 changed the toy's scores by at most 0.008 (%(default)s)")
     add("--channels-last", action="store_true", help="channels innermost in memory: faster on GPUs")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--video", nargs="+", metavar="FILE", help="label these video files instead of a list")
