@@ -811,9 +811,9 @@ def extract(videos_dir, out, split="train", list_path=None, format="auto", worke
     """Decode videos into OUT/frames and write OUT/<split>.txt and OUT/<split>_failed.txt.
 
     list_path None: every video below videos_dir, unlabelled. val: a fraction of the videos, which
-    are then listed in val.txt and all others in train.txt. Returns the numbers of (whole, failed)
-    videos. A video's folder, or with pack its zip, gets its name only when it is whole, so an
-    interrupted run can be started again.
+    are then listed in val.txt and all others in train.txt. Returns the numbers of (extracted,
+    failed) videos. A video's folder, or with pack its zip, gets its name only when it is whole, so
+    an interrupted run can be started again.
     """
     require_ffmpeg()
     if not 1 <= workers <= 1000:
@@ -832,24 +832,24 @@ def extract(videos_dir, out, split="train", list_path=None, format="auto", worke
 
     # decode
     out = Path(out)
-    whole, failed = extract_videos(videos, files, out / "frames", split, workers, pack)
+    extracted, failed = extract_videos(videos, files, out / "frames", split, workers, pack)
 
     # write the lists
     if categories is not None:
         write_lines(out / "categories.txt", categories)
     write_lines(out / f"{split}_failed.txt", failed)
     if val is None:
-        write_lines(out / f"{split}.txt", whole)
+        write_lines(out / f"{split}.txt", extracted)
     else:
-        train_lines, val_lines = split_lines(whole, val)
+        train_lines, val_lines = split_lines(extracted, val)
         write_lines(out / "train.txt", train_lines)
         write_lines(out / "val.txt", val_lines)
-    return len(whole), len(failed)
+    return len(extracted), len(failed)
 
 
 def extract_videos(videos, files, frames_dir, split, workers, pack):
     """Decode several videos at once. files: {file_key of a path: its Path}. Returns (the list lines
-    of whole videos, the lines "path, tab, reason" of failed ones)."""
+    of extracted videos, the lines "path, tab, reason" of failed ones)."""
     frames_dir.mkdir(parents=True, exist_ok=True)
     temporary = frames_dir / f".part-{split}"
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
@@ -859,7 +859,7 @@ def extract_videos(videos, files, frames_dir, split, workers, pack):
         file = files.get(file_key(video.path))
         return extract_video(video, file, frames_dir, temporary, pack)
 
-    whole = []
+    extracted = []
     failed = []
     progress = Progress("videos", len(videos))
     # threads suffice, because ffmpeg does the work in processes of its own
@@ -869,12 +869,12 @@ def extract_videos(videos, files, frames_dir, split, workers, pack):
             if problem:
                 failed.append(f"{video.path}\t{problem}")
             else:
-                whole.append(list_line(video, count))
-            progress.update(len(whole) + len(failed))
-    finally:  # also after Ctrl-C; whole videos stay
+                extracted.append(list_line(video, count))
+            progress.update(len(extracted) + len(failed))
+    finally:  # also after Ctrl-C; finished videos stay
         pool.shutdown(cancel_futures=True)
         shutil.rmtree(temporary, ignore_errors=True)
-    return whole, failed
+    return extracted, failed
 
 
 def require_ffmpeg():
@@ -1084,8 +1084,8 @@ def split_lines(lines, fraction):
     smallest hashes of their paths validate, at least one and never all; the same videos are always
     split alike."""
     if len(lines) < 2:
-        raise ValueError(f"--val {fraction}: {len(lines)} whole videos cannot be split, it takes "
-                         "2; train_failed.txt says what is wrong with the others")
+        raise ValueError(f"--val {fraction}: {len(lines)} extracted videos cannot be split, it "
+                         "takes 2; train_failed.txt says what is wrong with the others")
 
     def hash_of_path(line):
         path = PATTERNS["ours"].fullmatch(line)["path"]
@@ -1270,10 +1270,11 @@ def main():
     split = args.split
     if args.val is not None:
         split = "train"
-    whole, failed = extract(args.videos, args.out, split, list_path=args.list, format=args.format,
-                            workers=args.workers, pack=args.pack, val=args.val)
-    print(f"{whole} videos extracted, {failed} failed (see {args.out}/{split}_failed.txt)")
-    if whole == 0:
+    extracted, failed = extract(
+        args.videos, args.out, split, list_path=args.list, format=args.format,
+        workers=args.workers, pack=args.pack, val=args.val)
+    print(f"{extracted} videos extracted, {failed} failed (see {args.out}/{split}_failed.txt)")
+    if extracted == 0:
         return 2
     if not (Path(args.out) / "categories.txt").exists():
         print(f"next: write the class names into {args.out}/categories.txt, one a line")

@@ -139,11 +139,12 @@ def fit_weights(scores, labels, rounds=50):
 
 
 def cross_fit(paths, scores, labels):
-    """Scores (N, K): each fifth of the videos is combined by weights fitted to the other four."""
+    """Scores (N, K): each fifth of the videos is combined by weights fitted to the other four. With
+    a few videos that all fall into one fifth, the weights are equal."""
     # a hash of the path, since lists are often sorted by category
     folds = np.array([zlib.crc32(path.encode()) % 5 for path in paths])
     if len(np.unique(folds)) == 1:
-        return combine(scores)  # too few videos to fit to some and score others: equal weights
+        return combine(scores)
     result = combine(scores)  # overwritten fold by fold
     for fold in np.unique(folds):
         in_fold = folds == fold

@@ -10,7 +10,7 @@ probabilities of its views. Each video is scored by exactly one process.
 
 N videos, K classes, B videos at once, V views of each, T frames, H height, W width. In comments on
 settings "report" is arXiv 2003.05837, "the authors" are its authors, and "ours" marks a choice of
-this project.
+this project where the report is silent, followed by its reason or by whom it follows.
 """
 import argparse
 import contextlib

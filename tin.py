@@ -81,15 +81,15 @@ class TemporalInterlace(nn.Module):
 
     def __init__(self, channels, frames):
         super().__init__()
-        self.moved = channels // 4  # f
+        self.num_moved = channels // 4  # f
 
         # The offset net. Its linear layers act along time, so its weights fit one T only.
-        self.offset_conv = nn.Conv1d(self.moved, 1, kernel_size=3, padding=1)
+        self.offset_conv = nn.Conv1d(self.num_moved, 1, kernel_size=3, padding=1)
         self.offset_fc1 = nn.Linear(frames, frames)
         self.offset_fc2 = nn.Linear(frames, 2)
 
         # the weight net
-        self.weight_conv = nn.Conv1d(self.moved, 2, kernel_size=3, padding=1)
+        self.weight_conv = nn.Conv1d(self.num_moved, 2, kernel_size=3, padding=1)
 
         # Offsets start near half a frame, 4 * (sigmoid(0.5108) - 0.5) = 0.5, and weights near 1.
         nn.init.constant_(self.offset_fc2.bias, 0.5108)
@@ -100,7 +100,7 @@ class TemporalInterlace(nn.Module):
 
         # In four dimensions torch.cat keeps channels_last, so split and join the frames there.
         frames = x.flatten(0, 1)  # (B*T, C, H, W)
-        moved, kept = frames.split([self.moved, C - self.moved], dim=1)
+        moved, kept = frames.split([self.num_moved, C - self.num_moved], dim=1)
         moved = moved.unflatten(0, (B, T))  # (B, T, f, H, W)
 
         # Both nets compute in float32, the type of their parameters, even under autocast.

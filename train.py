@@ -15,7 +15,7 @@ and a run that is resumed by the same command equals the uninterrupted one, on a
 
 B clips, T frames, H height, W width, K classes. A step is one update of the weights. In comments on
 settings "report" is arXiv 2003.05837, "the authors" are its authors, and "ours" marks a choice of
-this project.
+this project where the report is silent, followed by its reason or by whom it follows.
 """
 import argparse
 import datetime

@@ -405,7 +405,7 @@ class SEBottleneck(nn.Module):
             sigmoid=nn.Sigmoid(),
         ))
 
-        # the shortcut, None: x itself
+        # the shortcut; None means x itself
         self.downsample = downsample
 
     def forward(self, x):
@@ -456,7 +456,7 @@ def senet154():
             conv3=nn.Conv2d(64, 128, 3, stride=1, padding=1, bias=False),
             bn3=nn.BatchNorm2d(128),
             relu3=nn.ReLU(inplace=True),
-            # padding=1 would give maps of the same size, but other values
+            # padding=1 in place of ceil_mode would give maps of the same size, but other values
             pool=nn.MaxPool2d(3, stride=2, ceil_mode=True),
         )),
         layer1=senet_layer(128, 64, blocks=3, shortcut_kernel=1, stride=1),
