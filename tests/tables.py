@@ -1,12 +1,13 @@
-"""Print the report's tables whole, with our own figures beside the report's.
+"""Print the report's tables, with our own figures beside the report's.
 
     python tests/tables.py [FILE.npz ...]
 
 The files are score files of evaluate.py --out and ensemble.py --out; without any, the tables hold
 the report's figures alone. Every figure is the mAP in percent. The output is Markdown.
 
-The figures of several seeds (score files of different checkpoints) become their mean and, after ±,
-their sample standard deviation. Bad input is reported in one line, and the exit status is then 2.
+The figures of several seeds (score files of one network by one protocol) become their mean and,
+after ±, their sample standard deviation. The toy's networks are smaller than the report's: they
+stand in their model's first row, and those of SlowFast in the row of their variant.
 """
 import argparse
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data
 import slowfast
 import tin
 import trn
@@ -36,22 +38,17 @@ ENSEMBLES = {  # mAP on validation and on test; report, Table 2
     "video models": ("66.71", "59.80"),
     "video and image models": ("67.22", "60.77"),
 }
-NONE = "-"  # a cell without a figure
-NOTE = """
-Ours are the figures of the score files. The toy's networks are smaller than the report's: they
-stand in their model's first row, and those of SlowFast in the row of their variant.
-"""
 
+
+# ---- score files -------------------------------------------------------------------------------
 
 def read_meta(path):
-    """What a score file says about itself, a dict; raises OSError or ValueError."""
+    """What a score file says about itself."""
     try:
         with np.load(path) as file:
             meta = json.loads(str(file["meta"]))
-    except OSError:
-        raise
     except Exception:  # numpy raises many kinds of errors for other files
-        raise ValueError(f"{path}: not a score file of evaluate.py or ensemble.py") from None
+        raise ValueError(f"{path}: cannot be read as a score file") from None
     if meta["map"] is None:
         raise ValueError(f"{path}: scores of a list without labels have no mAP")
     return meta
@@ -64,187 +61,113 @@ def backbone_of(recipe):
     return f"resnet{recipe['depth']}"
 
 
-def report_rows(module):
-    """The rows of a model file's RECIPES that are the report's: all but the toy."""
-    rows = dict(module.RECIPES)
-    del rows["toy"]
-    return rows
-
-
-def find_row(path, meta):
-    """The row of the report in which a network stands.
-
-    The toy's networks are smaller than all of the report's. They stand in their model's first row,
-    those of SlowFast in the row of their variant. Raises ValueError for a network without a row.
-    """
-    if meta["model"] not in MODELS:
-        raise ValueError(f"{path}: the report has no network {meta['model']}")
-    module = MODELS[meta["model"]]
-    recipe = meta["recipe"]
-    backbone = backbone_of(recipe)
-    is_toy = backbone == backbone_of(module.RECIPES["toy"])
-
-    for row, values in report_rows(module).items():
-        if "variant" in values and values["variant"] != recipe["variant"]:
+def find_row(path, model, recipe):
+    """The row of the report in which a network stands."""
+    if model not in MODELS:
+        raise ValueError(f"{path}: the report has no network {model}")
+    rows = MODELS[model].RECIPES
+    for row, values in rows.items():
+        if row == "toy" or values.get("variant") != recipe.get("variant"):
             continue
-        same_network = backbone == backbone_of(values) and recipe["frames"] == values["frames"]
-        if is_toy or same_network:
+        if backbone_of(recipe) == backbone_of(rows["toy"]):
             return row
-    raise ValueError(f"{path}: {meta['model']} with {backbone} is in no row of the report")
+        if backbone_of(recipe) == backbone_of(values) and recipe["frames"] == values["frames"]:
+            return row
+    raise ValueError(f"{path}: the report has no {model} of this size")
 
 
-def networks(meta):
-    """The metas of all single networks in a score file. Members of an ensemble may be ensembles."""
-    if meta["model"] != "ensemble":
-        return [meta]
-    members = []
-    for member in meta["members"]:
-        members += networks(member)
-    return members
-
-
-def find_ensemble(path, meta):
-    """The row of ENSEMBLES in which an ensemble stands. Raises ValueError if there is none."""
-    models = {network["model"] for network in networks(meta)}
+def find_ensemble(path, members):
+    """The row of ENSEMBLES in which an ensemble stands."""
+    models = {member["model"] for member in members}
+    if "slowfast" not in models:
+        raise ValueError(f"{path}: the report has no ensemble without SlowFast")
     if models == {"slowfast"}:
         return "video models"
-    if "slowfast" in models:
-        return "video and image models"
-    raise ValueError(f"{path}: the report has no ensemble without SlowFast")
-
-
-def check_seed(path, meta, other_path, other):
-    """Raise ValueError unless two score files of one cell are the same run with two seeds."""
-    ours = networks(meta)
-    others = networks(other)
-    for key in ("model", "recipe", "protocol"):
-        if [network[key] for network in ours] != [network[key] for network in others]:
-            raise ValueError(f"{path}: another {key} than {other_path}, which is in the same cell")
-    if [network["checkpoint"] for network in ours] == [network["checkpoint"] for network in others]:
-        raise ValueError(f"{path}: of the same checkpoint as {other_path}")
+    return "video and image models"
 
 
 def collect(paths):
-    """Sort score files into cells, {(model, row, protocol): [mAP in percent, ...]}.
-
-    Raises OSError or ValueError for a file that cannot be read or has no cell.
-    """
+    """Sort score files into cells, {(model, row, protocol): [mAP in percent, ...]}."""
     cells = {}
-    first = {}  # cell: (path, meta) of its first file
     for path in paths:
         meta = read_meta(path)
         if meta["model"] == "ensemble":
-            cell = ("ensemble", find_ensemble(path, meta), "")
+            cell = ("ensemble", find_ensemble(path, meta["members"]), "")
         else:
-            cell = (meta["model"], find_row(path, meta), meta["protocol"]["name"])
-
-        if cell in first:
-            check_seed(path, meta, *first[cell])
-        else:
-            first[cell] = (path, meta)
-            cells[cell] = []
-        cells[cell].append(100 * meta["map"])
+            row = find_row(path, meta["model"], meta["recipe"])
+            cell = (meta["model"], row, meta["protocol"]["name"])
+        cells.setdefault(cell, []).append(100 * meta["map"])
     return cells
 
 
-def reported_figure(value):
-    """The text of a cell with a figure of the report, None where the report has none."""
+# ---- tables ------------------------------------------------------------------------------------
+
+def reported(value):
     if value is None:
-        return NONE
+        return "-"
     return f"{value:.2f}"
 
 
-def our_figure(maps):
-    """The text of a cell with our figures: a single one, or mean ± sample standard deviation."""
+def ours(cells, *cell):
+    """The mean over the seeds and the spread, or a single figure."""
+    maps = cells.get(cell, [])
     if not maps:
-        return NONE
-    mean = np.mean(maps)
+        return "-"
     if len(maps) == 1:
-        return f"{mean:.2f}"
-    return f"{mean:.1f} ± {np.std(maps, ddof=1):.1f}"
+        return f"{maps[0]:.2f}"
+    return f"{np.mean(maps):.1f} ± {np.std(maps, ddof=1):.1f}"
 
 
-def image_table(cells):
-    """The lines of Table 1, the head first."""
-    lines = [["network", "backbone", "frames", "recipe", "report"]]
-    if cells:
-        lines[0] += ["ours, one view", "ours, dense"]
-    for model, module in IMAGE_MODELS.items():
-        for row, values in report_rows(module).items():
-            backbone = BACKBONES[backbone_of(values)]
-            line = [model.upper(), backbone, str(values["frames"]), f"`{row}`"]
-            line.append(reported_figure(module.REPORTED.get(row)))
-            if cells:
-                for protocol in ["clip", "dense"]:
-                    line.append(our_figure(cells.get((model, row, protocol))))
-            lines.append(line)
-    return lines
+def print_row(*cells):
+    print(f"| {' | '.join(cells)} |")
 
 
-def video_table(cells):
-    """The lines of Table 2 above its ensembles, the head first."""
-    lines = [["network", "recipe", "report, one clip", "report, dense", "report, multi-scale"]]
-    if cells:
-        lines[0] += ["ours, one clip", "ours, dense", "ours, multi-scale"]
-    for row, values in report_rows(slowfast).items():
-        pathways, _, size = values["variant"].partition("_")
-        name = {"slowfast": "SlowFast", "fast": "Fast", "slow": "Slow"}[pathways]
-        line = [f"{name} {size}", f"`{row}`"]
-        for value in slowfast.REPORTED.get(row) or (None, None, None):
-            line.append(reported_figure(value))
-        if cells:
-            for protocol in ["clip", "dense", "multiscale"]:
-                line.append(our_figure(cells.get(("slowfast", row, protocol))))
-        lines.append(line)
-    return lines
-
-
-def ensemble_table(cells):
-    """The lines of Table 2's ensembles, the head first."""
-    lines = [["ensemble", "report, validation", "report, test"]]
-    if cells:
-        lines[0].append("ours, validation")
-    for row, (validation, test) in ENSEMBLES.items():
-        line = [row, validation, test]
-        if cells:
-            line.append(our_figure(cells.get(("ensemble", row, ""))))
-        lines.append(line)
-    return lines
-
-
-def print_table(title, lines):
-    """Print lines of cells as a Markdown table; padded columns make it readable as text."""
-    widths = []
-    for column in zip(*lines):
-        widths.append(max(len(cell) for cell in column))
-
+def print_head(title, *columns):
     print(f"\n{title}\n")
-    head, *body = lines
-    rule = ["-" * width for width in widths]
-    for line in [head, rule, *body]:
-        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
-        print(f"| {' | '.join(cells)} |")
+    print_row(*columns)
+    print_row(*["---"] * len(columns))
+
+
+def print_image_models(cells):
+    print_head("Table 1. Image models", "network", "backbone", "frames", "recipe", "report",
+               "ours, one view", "ours, dense")
+    for model, module in IMAGE_MODELS.items():
+        for row, figure in module.REPORTED.items():
+            recipe = module.RECIPES[row]
+            print_row(model.upper(), BACKBONES[backbone_of(recipe)], str(recipe["frames"]),
+                      f"`{row}`", reported(figure), ours(cells, model, row, "clip"),
+                      ours(cells, model, row, "dense"))
+
+
+def print_video_models(cells):
+    print_head("Table 2. Video models", "network", "recipe", "report, one clip", "report, dense",
+               "report, multi-scale", "ours, one clip", "ours, dense", "ours, multi-scale")
+    for row, figures in slowfast.REPORTED.items():
+        pathways, size = slowfast.RECIPES[row]["variant"].split("_")
+        name = pathways.capitalize().replace("Slowfast", "SlowFast")
+        one_clip, dense, multiscale = figures or [None, None, None]
+        print_row(f"{name} {size}", f"`{row}`", reported(one_clip), reported(dense),
+                  reported(multiscale), ours(cells, "slowfast", row, "clip"),
+                  ours(cells, "slowfast", row, "dense"),
+                  ours(cells, "slowfast", row, "multiscale"))
+
+
+def print_ensembles(cells):
+    print_head("Table 2, continued. Ensembles", "ensemble", "report, validation", "report, test",
+               "ours, validation")
+    for row, (validation, test) in ENSEMBLES.items():
+        print_row(row, validation, test, ours(cells, "ensemble", row, ""))
 
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", metavar="FILE.npz", help="score files")
-    args = parser.parse_args()
-
-    try:
-        cells = collect(args.files)
-    except (OSError, ValueError) as error:
-        print(f"tables.py: {error}", file=sys.stderr)
-        return 2
-    print_table("Table 1. Image models, mAP on validation in percent", image_table(cells))
-    print_table("Table 2. Video models, mAP on validation in percent", video_table(cells))
-    print_table("Table 2, continued. Ensembles, mAP in percent", ensemble_table(cells))
-    if cells:
-        print(NOTE.rstrip())
-    return 0
+    cells = collect(parser.parse_args().files)
+    print_image_models(cells)
+    print_video_models(cells)
+    print_ensembles(cells)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    data.run_script(main)

@@ -31,7 +31,6 @@ MARGIN = 60        # from a panel's left end to its grid
 TITLE = 44         # heights of a panel's parts
 AXIS = 92
 GRID = 116
-GRID_HEIGHT = 480
 CAPTION = 632
 LEGEND = 814
 GAP = 4            # between cells
@@ -54,241 +53,182 @@ EMPTY = (236, 236, 236)
 
 # ---- what the operators do ----------------------------------------------------------------------
 
-
 def impulses(frames, channels):
     """A batch of impulses, (S, T, C, 1, 1): clip s is 1 in frame s."""
-    clips = torch.zeros(frames, frames, channels, 1, 1)
-    for s in range(frames):
-        clips[s, s] = 1
-    return clips
+    return torch.eye(frames)[:, :, None, None, None].repeat(1, 1, channels, 1, 1)
 
 
 def at_own_time(arrivals):
     """Give every frame its own column: arrivals (S, R) -> (S, T, R), zero unless s == t."""
-    frames, rows = arrivals.shape
-    columns = torch.zeros(frames, frames, rows)
-    for s in range(frames):
-        columns[s, s] = arrivals[s]
-    return columns
+    return torch.eye(len(arrivals))[:, :, None] * arrivals[:, None]
 
 
 def tsn_arrivals():
-    """What arrives in TSN's features (S, T, C), and in its logits (S, C)."""
+    """What arrives in TSN's logits, (S, C)."""
     net = tsn.TSN(16, segments=8, backbone="resnet18").eval()
 
     # without its weights, features and logits are the frames' own values
     net.backbone = torch.nn.Flatten()
     net.fc = torch.nn.Identity()
-    clips = impulses(8, 16)
-    return net.features(clips), net(clips)
+    return net(impulses(8, 16))
 
 
 def tsm_arrivals():
-    """What arrives behind TSM's shift, (S, T, C)."""
+    """What arrives in the channels of TSM, (S, T, C)."""
     return tsm.temporal_shift(impulses(8, 16)).flatten(2)
 
 
 def tin_arrivals():
-    """What arrives behind TIN's module for offsets of 0.5 and 1.75 frames, (S, T, C)."""
-    module = tin.TemporalInterlace(16, frames=8)
-    for parameter in module.parameters():
-        torch.nn.init.zeros_(parameter)
-
-    # offset = 4 * (sigmoid(bias) - 0.5)
-    offsets = torch.tensor([0.5, 1.75])
-    module.offset_fc2.bias.copy_(torch.logit(offsets / 4 + 0.5))
-    return module(impulses(8, 16)).flatten(2)
+    """What arrives in the channels of TIN if the offsets are 0.5 and 1.75 frames, (S, T, C)."""
+    moved, kept = impulses(8, 16).split([4, 12], dim=2)
+    offsets = torch.tensor([[0.5, 1.75, -0.5, -1.75]]).expand(8, 4)
+    moved = tin.temporal_interlace(moved, offsets)
+    return torch.cat([moved, kept], dim=2).flatten(2)
 
 
-def trn_arrivals():
-    """The frames in TRN's tuples: all four frames, the triples and the pairs, (S, T, R) each."""
-    net = trn.TRN(1, segments=4, backbone="resnet18").eval()
-    net.backbone = torch.nn.Flatten()
-    net.frame = torch.nn.Identity()
-
-    # the input of a small network's first layer holds, for every tuple, its frames' values
-    arrivals = []
-
-    def remember_input(module, inputs, output):
-        tuples = inputs[0].amax(dim=2)  # (S, R)
-        arrivals.append(at_own_time(tuples))
-
-    for relation in net.relations:
-        relation.hidden.register_forward_hook(remember_input)
-    net(impulses(4, 256))
-    return arrivals
+def trn_arrivals(scale):
+    """The frames in TRN's tuples of one scale, of a clip of four frames, (S, T, R)."""
+    tuples = trn.Relation(4, scale, hidden=1, num_classes=1).tuples
+    arrivals = torch.zeros(4, len(tuples))
+    for row, frames in enumerate(tuples):
+        arrivals[frames, row] = 1
+    return at_own_time(arrivals)
 
 
 def slowfast_arrivals():
-    """What SlowFast's fast pathway and its slow pathway see of 16 frames, (S, T, 1) each; what the
-    first lateral adds to every slow frame, (S, T, R); and the numbers of the slow frames."""
-    net = slowfast.SlowFast(1, depth=14).eval()
-
-    # what the pathways see is the input of their first layers
-    seen = {}
-
-    def remember_input(module, inputs, output):
-        seen[module] = inputs[0].amax(dim=(1, 3, 4))  # (S, frames of the pathway)
-
-    net.fast.conv1.register_forward_hook(remember_input)
-    net.slow.conv1.register_forward_hook(remember_input)
-    net(impulses(16, 3).expand(-1, -1, -1, 32, 32))
-    fast = seen[net.fast.conv1]
-    slow = seen[net.slow.conv1]
-    slow_frames = slow.argmax(dim=0).tolist()
+    """What SlowFast's slow pathway sees of 16 frames, and what the first lateral adds to every slow
+    frame: (S, slow frames) each."""
+    net = slowfast.SlowFast(1, depth=14)
+    seen = slowfast.slow_frames(impulses(16, 1), net.alpha, net.slow_index).flatten(1)
 
     # a lateral of ones, from 8 fast channels into a slow pathway that has no channels of its own
     lateral = net.fuse[0]
     torch.nn.init.ones_(lateral.conv.weight)
-    no_channels = torch.zeros(16, 0, len(slow_frames), 1, 1)
-    fast_channels = impulses(16, 8).transpose(1, 2)  # (S, C, T, 1, 1)
-    added = lateral(no_channels, fast_channels).amax(dim=(1, 3, 4))  # (S, slow frames)
-    added = added.clamp(max=1)
-
-    fast = at_own_time(fast.amax(dim=1, keepdim=True))
-    slow = at_own_time(slow.amax(dim=1, keepdim=True))
-    return fast, slow, at_own_time(added), slow_frames
+    slow = torch.zeros(16, 0, 4, 1, 1)
+    fast = impulses(16, 8).transpose(1, 2)  # (S, C, T, 1, 1)
+    added = lateral(slow, fast).amax(dim=(1, 3, 4))
+    return seen, added.clamp(max=1)
 
 
 # ---- the picture --------------------------------------------------------------------------------
 
-
-class Page:
-    """The picture. Without words, text is left out; the test compares the rest pixel by pixel."""
-
-    def __init__(self, words):
-        self.words = words
-        self.image = Image.new("RGB", (WIDTH, HEIGHT), "white")
-        self.draw = ImageDraw.Draw(self.image)
-
-    def text(self, x, y, text, size=24, colour=INK, anchor="lm"):
-        if self.words:
-            font = ImageFont.load_default(size=size)
-            self.draw.text((x, y), text, colour, font, anchor)
-
-    def upward_text(self, x, y, text):
-        """Text that reads from bottom to top, its centre at (x, y)."""
-        label = Image.new("RGB", (160, 32), "white")
-        font = ImageFont.load_default(size=24)
-        ImageDraw.Draw(label).text((80, 16), text, GREY, font, anchor="mm")
-        if self.words:
-            self.image.paste(label.rotate(90, expand=True), (x - 16, y - 80))
-
-    def cell(self, x, y, width, height, weights):
-        """One value. weights (S,): how much of it comes from each frame, drawn as the width of the
-        frame's colour. Where the colour is wide enough, it holds the frame's name."""
-        right = x + width - GAP
-        bottom = y + height - GAP
-        self.draw.rectangle((x, y, right - 1, bottom - 1), EMPTY)
-
-        # all widths here are whole pixels: the weights are eighths and quarters
-        start = x
-        for frame, weight in enumerate(weights.tolist()):
-            end = min(start + round(weight * (width - GAP)), right)
-            if end > start:
-                self.draw.rectangle((start, y, end - 1, bottom - 1), COLOURS[frame % 8])
-            if end - start >= 14:
-                self.text((start + end) / 2, (y + bottom) / 2, FRAMES[frame], 18, anchor="mm")
-            start = end
-
-    def grid(self, x, y, width, height, arrivals):
-        """Cells of this width and height: a column for every frame, a row for every channel.
-        arrivals (S, T, R)."""
-        frames, columns, rows = arrivals.shape
-        for column in range(columns):
-            for row in range(rows):
-                weights = arrivals[:, column, row]
-                self.cell(x + column * width, y + row * height, width, height, weights)
-
-    def frame_panel(self, left, title, caption, rows, time_width):
-        """All of a panel but its grid: title, arrow of time, name of the rows, caption."""
-        self.text(left, TITLE, title, 36)
-        for number, line in enumerate(caption):
-            self.text(left, CAPTION + 34 * number, line, 26)
-
-        self.text(left, AXIS, "time", colour=GREY)
-        end = left + time_width - GAP
-        self.draw.line((left + 60, AXIS, end - 10, AXIS), GREY, width=2)
-        self.draw.polygon([(end - 12, AXIS - 6), (end, AXIS), (end - 12, AXIS + 6)], GREY)
-        if rows:
-            self.upward_text(left - 22, GRID + GRID_HEIGHT // 2, rows)
+def write(image, x, y, text, size=24, colour=GREY, anchor="lm"):
+    font = ImageFont.load_default(size=size)
+    ImageDraw.Draw(image).text((x, y), text, colour, font, anchor)
 
 
-def draw_tsn(page, left):
+def draw_grid(image, x, y, width, height, arrivals):
+    """Cells of this width and height: a column for every frame, a row for every channel.
+
+    arrivals (S, T, R): how much of a cell comes from each frame is drawn as the width of the
+    frame's colour. Where the colour is wide enough, it holds the frame's name.
+    """
+    draw = ImageDraw.Draw(image)
+    _, columns, rows = arrivals.shape
+    for column in range(columns):
+        for row in range(rows):
+            start = x + column * width
+            top = y + row * height
+            bottom = top + height - GAP - 1
+            draw.rectangle((start, top, start + width - GAP - 1, bottom), EMPTY)
+            for frame, weight in enumerate(arrivals[:, column, row].tolist()):
+                if weight == 0:
+                    continue
+                end = start + round(weight * (width - GAP))  # weights are eighths and quarters
+                draw.rectangle((start, top, end - 1, bottom), COLOURS[frame % 8])
+                if end - start >= 14:
+                    middle = (top + bottom + 1) / 2
+                    write(image, (start + end) / 2, middle, FRAMES[frame], 18, INK, "mm")
+                start = end
+
+
+def draw_frame(image, left, title, caption, rows, time_width):
+    """All of a panel but its grid: title, arrow of time, name of the rows, caption."""
+    write(image, left, TITLE, title, 36, INK)
+    for number, line in enumerate(caption):
+        write(image, left, CAPTION + 34 * number, line, 26, INK)
+
+    draw = ImageDraw.Draw(image)
+    write(image, left, AXIS, "time")
+    end = left + time_width - GAP
+    draw.line((left + 60, AXIS, end - 10, AXIS), GREY, width=2)
+    draw.polygon([(end - 12, AXIS - 6), (end, AXIS), (end - 12, AXIS + 6)], GREY)
+
+    # the rows' name reads from bottom to top
+    label = Image.new("RGB", (160, 32), "white")
+    write(label, 80, 16, rows, anchor="mm")
+    image.paste(label.rotate(90, expand=True), (left - 38, GRID + 160))
+
+
+def draw_tsn(image, left):
     caption = ["Each frame on its own;", "the logits are averaged."]
-    page.frame_panel(left, "TSN", caption, "channels", time_width=8 * 26)
-    features, logits = tsn_arrivals()
-    page.grid(left, GRID, 26, 30, features)
-
-    # one column behind the frames'
-    x = left + 8 * 26 + 12
-    page.text(x + 32, AXIS, "logits", colour=GREY, anchor="mm")
-    page.grid(x, GRID, 68, 30, logits[:, None])
+    draw_frame(image, left, "TSN", caption, "channels", 8 * 26)
+    draw_grid(image, left, GRID, 26, 30, impulses(8, 16).flatten(2))
+    write(image, left + 252, AXIS, "logits", anchor="mm")
+    draw_grid(image, left + 220, GRID, 68, 30, tsn_arrivals()[:, None])
 
 
-def draw_tsm(page, left):
+def draw_tsm(image, left):
     caption = ["1/8 of the channels move", "one frame earlier, and", "1/8 one frame later."]
-    page.frame_panel(left, "TSM", caption, "channels", time_width=8 * 36)
-    page.grid(left, GRID, 36, 30, tsm_arrivals())
+    draw_frame(image, left, "TSM", caption, "channels", 8 * 36)
+    draw_grid(image, left, GRID, 36, 30, tsm_arrivals())
 
 
-def draw_tin(page, left):
+def draw_tin(image, left):
     caption = [
         "1/4 of the channels move",
         "by distances computed",
         "from the clip, here +0.5,",
         "+1.75, -0.5, -1.75 frames.",
     ]
-    page.frame_panel(left, "TIN", caption, "channels", time_width=8 * 36)
-    page.grid(left, GRID, 36, 30, tin_arrivals())
+    draw_frame(image, left, "TIN", caption, "channels", 8 * 36)
+    draw_grid(image, left, GRID, 36, 30, tin_arrivals())
 
 
-def draw_trn(page, left):
+def draw_trn(image, left):
     caption = [
         "Small networks see tuples",
         "of frames in their order,",
         "here of a clip of 4 frames.",
     ]
-    page.frame_panel(left, "TRN", caption, "tuples", time_width=4 * 50)
+    draw_frame(image, left, "TRN", caption, "tuples", 4 * 50)
     y = GRID
-    for name, arrivals in zip(["all four", "triples", "pairs"], trn_arrivals()):
+    for scale, name in [(4, "all four"), (3, "triples"), (2, "pairs")]:
+        arrivals = trn_arrivals(scale)
         height = 40 * arrivals.shape[2]
-        page.grid(left, y, 50, 40, arrivals)
-        page.text(left + 4 * 50 + 4, y + height // 2, name, colour=GREY)
+        draw_grid(image, left, y, 50, 40, arrivals)
+        write(image, left + 204, y + height // 2, name)
         y += height + 20
 
 
-def draw_slowfast(page, left):
+def draw_slowfast(image, left):
     caption = [
         "Fast pathway: all frames,",
         "few channels. Slow: every",
         "4th frame, many channels,",
         "plus 5 fast frames each.",
     ]
-    page.frame_panel(left, "SlowFast", caption, "", time_width=16 * 18)
-    fast, slow, added, slow_frames = slowfast_arrivals()
-
-    page.text(left, GRID + 16, "the fast pathway sees", colour=GREY)
-    page.grid(left, GRID + 34, 18, 40, fast)
-    page.text(left, GRID + 112, "the slow pathway sees", colour=GREY)
-    page.grid(left, GRID + 130, 18, 84, slow)
-    page.text(left, GRID + 252, "added to each slow frame", colour=GREY)
-    page.grid(left, GRID + 270, 18, 52, added)
-    for number, frame in enumerate(slow_frames):
-        page.text(left - 14, GRID + 294 + 52 * number, FRAMES[frame], colour=GREY, anchor="rm")
+    draw_frame(image, left, "SlowFast", caption, "", 16 * 18)
+    seen, added = slowfast_arrivals()
+    write(image, left, GRID + 16, "the fast pathway sees")
+    draw_grid(image, left, GRID + 34, 18, 40, impulses(16, 1).flatten(2))
+    write(image, left, GRID + 112, "the slow pathway sees")
+    draw_grid(image, left, GRID + 130, 18, 84, at_own_time(seen.sum(dim=1, keepdim=True)))
+    write(image, left, GRID + 252, "added to each slow frame")
+    draw_grid(image, left, GRID + 270, 18, 52, at_own_time(added))
+    for number, frame in enumerate(seen.argmax(dim=0).tolist()):
+        write(image, left - 14, GRID + 294 + 52 * number, FRAMES[frame], anchor="rm")
 
 
 @torch.no_grad()
-def picture(words=True):
-    """The picture as an RGB image; without words for the test."""
-    page = Page(words)
+def picture():
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     for number, draw_panel in enumerate([draw_tsn, draw_tsm, draw_tin, draw_trn, draw_slowfast]):
-        draw_panel(page, number * PANEL + MARGIN)
+        draw_panel(image, number * PANEL + MARGIN)
     legend = "Each colour is a frame: it shows where that frame's values arrive, and in what share."
-    page.text(MARGIN, LEGEND, legend + " Light grey is zero.", 26, GREY)
-    return page.image
+    write(image, MARGIN, LEGEND, legend + " Light grey is zero.", 26)
+    return image
 
 
 if __name__ == "__main__":
     picture().save(PICTURE, optimize=True)
-    print(f"{PICTURE}: {PICTURE.stat().st_size / 1000:.0f} kB")
