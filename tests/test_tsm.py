@@ -4,8 +4,9 @@
 
 The tests follow tsm.py from top to bottom. The shift: four frames by hand, a loop over frames and
 channels, gradients, memory layouts. The network: what a block does with the shifted frames, which
-blocks shift, the answers of the original code. Then other people's weights. test_models.py has what
-is the same for all model files.
+blocks shift, and the logits of other people's code (that of TSM's authors and a later rewrite of
+it, mmaction2) from tests/golden. Then their weights' names. test_models.py has what is the same for
+all model files.
 """
 import pytest
 import torch
@@ -18,21 +19,22 @@ from conftest import close, drawn_clip, fill, golden, golden_names
 # ---- the shift -------------------------------------------------------------------------------
 
 def test_four_frames_by_hand():
-    """a b c d are 1 2 3 4, in each of eight channels."""
+    """Each of eight channels holds 1 2 3 4 in the four frames. With eight channels, an eighth is one
+    channel. Where no frame arrives, at the clip's end or its beginning, the value becomes 0."""
     frames = torch.tensor([1.0, 2.0, 3.0, 4.0])
     x = frames.view(1, 4, 1, 1, 1).expand(1, 4, 8, 1, 1)
     y = tsm.temporal_shift(x)[0, :, :, 0, 0]  # (T, C)
 
-    assert y[:, 0].tolist() == [2, 3, 4, 0]  # the first eighth: offset -1
-    assert y[:, 1].tolist() == [0, 1, 2, 3]  # the next eighth: offset +1
-    for channel in range(2, 8):
+    assert y[:, 0].tolist() == [2, 3, 4, 0]  # each frame gets the next one's value
+    assert y[:, 1].tolist() == [0, 1, 2, 3]  # each frame gets the previous one's value
+    for channel in range(2, 8):  # the other six eighths stay
         assert y[:, channel].tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("frames, channels", [
     (5, 20),  # an eighth of 20 is 2
-    (1, 8),  # a single frame has no neighbour
-    (3, 7),  # no channel is shifted
+    (1, 8),  # a single frame: its two shifted channels become 0
+    (3, 7),  # an eighth of 7 is rounded down to 0: nothing is shifted
 ])
 def test_the_shift_is_a_loop_over_frames_and_channels(frames, channels):
     x = torch.randn(2, frames, channels, 3, 2)
@@ -51,6 +53,18 @@ def test_the_shift_is_a_loop_over_frames_and_channels(frames, channels):
     assert torch.equal(tsm.temporal_shift(x), expected)
 
 
+def test_the_gradient_is_shifted_back():
+    """A value that went one frame later gets the gradient from there; a value that was pushed out
+    of the clip gets none."""
+    x = torch.zeros(1, 4, 8, 1, 1, requires_grad=True)
+    gradient_of_y = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1, 1).expand_as(x)
+    tsm.temporal_shift(x).backward(gradient_of_y)
+    gradient = x.grad[0, :, :, 0, 0]  # (T, C)
+    assert gradient[:, 0].tolist() == [0, 1, 2, 3]  # this channel moved one frame earlier
+    assert gradient[:, 1].tolist() == [2, 3, 4, 0]  # this channel moved one frame later
+    assert gradient[:, 2].tolist() == [1, 2, 3, 4]
+
+
 def test_gradients_are_those_of_finite_differences():
     x = torch.randn(2, 4, 9, 2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(tsm.temporal_shift, x)
@@ -58,18 +72,20 @@ def test_gradients_are_those_of_finite_differences():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_memory_layout_is_kept_by_values_and_gradients(dtype):
-    """Otherwise the next convolution would first copy what it gets."""
+    """Images are stored with their pixels (contiguous) or their channels (channels_last) innermost.
+    If the shift changed that, the next convolution would first have to copy what it gets."""
     images = torch.randn(2 * 8, 20, 3, 2, dtype=dtype)
-    plain = images.unflatten(0, (2, 8))
-    last = images.to(memory_format=torch.channels_last).unflatten(0, (2, 8)).requires_grad_()
+    contiguous = images.unflatten(0, (2, 8))
+    channels_last = images.to(memory_format=torch.channels_last).unflatten(0, (2, 8))
+    channels_last.requires_grad_()
 
-    y = tsm.temporal_shift(last)
+    y = tsm.temporal_shift(channels_last)
     assert y.dtype == dtype
-    assert torch.equal(y, tsm.temporal_shift(plain))
+    assert torch.equal(y, tsm.temporal_shift(contiguous))
     assert y.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
-    assert tsm.temporal_shift(plain).is_contiguous()
+    assert tsm.temporal_shift(contiguous).is_contiguous()
 
-    (gradient,) = torch.autograd.grad(y, last, torch.randn_like(y))
+    (gradient,) = torch.autograd.grad(y, channels_last, torch.randn_like(y))
     assert gradient.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
 
 
@@ -79,11 +95,14 @@ def test_the_memory_layout_is_kept_by_values_and_gradients(dtype):
 @torch.no_grad()
 def test_only_the_main_path_of_a_block_gets_the_shifted_frames(depth):
     block = fill(torchvision.models.get_model(f"resnet{depth}").layer2[0]).eval()
-    x, moved = torch.randn(2, 4, block.conv1.in_channels, 8, 8)
-    close(tsm.residual(block, x, x), block(x), 1e-6)  # torchvision's own forward
+    x = torch.randn(4, block.conv1.in_channels, 8, 8)
+    moved = torch.randn_like(x)
+
+    # without a shift it is torchvision's own forward
+    close(tsm.residual(block, x, x), block(x), 1e-6)
     assert not torch.allclose(tsm.residual(block, x, moved), block(x), rtol=0.1)
 
-    # Without its main path a block is its shortcut, a convolution here.
+    # If the main path ends in zeros, only the shortcut is left: here a convolution, which sees x.
     last_norm = getattr(block, "bn3", block.bn2)
     last_norm.weight.zero_()
     last_norm.bias.zero_()
@@ -94,10 +113,11 @@ def test_only_the_main_path_of_a_block_gets_the_shifted_frames(depth):
     (18, None, [[0, 1], [0, 1], [0, 1], [0, 1]]),
     (50, None, [[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4, 5], [0, 1, 2]]),
     (50, 2, [[0, 2], [0, 2], [0, 2, 4], [0, 2]]),
-    (101, None, [[0, 2], [0, 2], [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22], [0, 2]]),
+    (101, None, [[0, 2], [0, 2], list(range(0, 23, 2)), [0, 2]]),
     (101, 1, [[0, 1, 2], [0, 1, 2, 3], list(range(23)), [0, 1, 2]]),
 ])
 def test_these_blocks_shift(depth, shift_every, blocks, monkeypatch):
+    """blocks: for each of the four stages, the numbers of the blocks that shift."""
     with torch.device("meta"):  # shapes alone are enough to see what is called
         model = tsm.TSM(3, frames=2, depth=depth, shift_every=shift_every)
         clip = torch.empty(1, 2, 3, 32, 32)
@@ -125,7 +145,7 @@ def test_shifting_in_no_block_is_refused():
 @pytest.mark.parametrize("name", golden_names("tsm"))
 @torch.no_grad()
 def test_logits_are_those_of_the_authors(name):
-    """Also those of the clip with its frames in another order."""
+    """For a clip, and for the same clip with its frames in another order."""
     case = golden(name)
     model = tsm.TSM(**case.options).eval()
     model.load_state_dict(tsm.convert(case.checkpoint))
