@@ -6,10 +6,12 @@ of processes. Other people's files are read, or refused in one line. A video get
 
 The tests follow evaluate.py from top to bottom. A network of two layers (TINY in conftest.py)
 stands for the five, since a model file beside the scripts is all that a new model takes.
+
+tests/golden/metrics.npz has what scikit-learn and two other programs answer: X-Temporal, which is
+the code of the challenge's winners, and mmaction2, a collection of networks by other people.
 """
 import argparse
 import functools
-import importlib
 import json
 import multiprocessing
 import os
@@ -47,29 +49,26 @@ def precision_of(scores, labels):
 
 
 def test_average_precision_of_three_classes():
-    """Ranked by score: class 0, a label; class 1, none; class 2, a label.
+    """Classes 0 and 2 are the labels, and the scores rank the classes 0, 1, 2.
 
-    Down to class 0, 1 of 1 classes is a label; down to class 2, 2 of 3. AP is their mean.
+    Down to class 0, 1 of 1 class is a label; down to class 2, 2 of 3 are. AP is the mean of the
+    two.
     """
     assert precision_of([0.9, 0.5, 0.1], [1, 0, 1]) == (1 / 1 + 2 / 3) / 2
 
 
-def test_a_tie_counts_against_the_label():
-    """Class 0, the label, and class 1 have one score. Two classes lie at or above it, so the
-    precision is 1/2, as if the other class were ranked first."""
+def test_a_class_that_ties_with_a_label_counts_as_ranked_above_it():
+    """Class 0, the label, and class 1 have equal scores. If class 1 is no label, this costs half
+    the precision: down to class 0, 1 of 2 classes is a label. If class 1 is a label too, it costs
+    nothing: 2 of 2 are."""
     assert precision_of([0.5, 0.5, 0.1], [1, 0, 0]) == 1 / 2
-
-
-def test_labels_of_one_score_enter_together():
-    """Classes 1 and 2 are labels of one score: for either, 2 of 3 classes are labels."""
-    assert precision_of([0.9, 0.5, 0.5], [0, 1, 1]) == 2 / 3
+    assert precision_of([0.5, 0.5, 0.1], [1, 1, 0]) == (2 / 2 + 2 / 2) / 2
 
 
 @pytest.mark.parametrize("scores, labels, expected", [
-    ([3, 2, 1, 0], [1, 0, 0, 0], 1),
-    ([3, 2, 1, 0], [0, 0, 0, 1], 1 / 4),
     ([1, 1, 1, 1], [0, 0, 1, 0], 1 / 4),   # all tie
     ([2, 1, 1, 0], [0, 1, 0, 1], (1 / 3 + 2 / 4) / 2),
+    ([2, 1, 1, 0], [0, 1, 1, 0], (2 / 3 + 2 / 3) / 2),
     ([3, 2, 1, 0], [0, 0, 0, 0], 0),       # no label: 0, as scikit-learn has it
     ([0, 0, 3, 1], [1, 1, 1, 1], 1),       # every class is a label
     ([-np.inf, 0, np.inf], [0, 0, 1], 1),
@@ -97,16 +96,16 @@ def test_average_precision_is_the_loop(levels):
     rng = np.random.default_rng(levels)
     scores = rng.integers(levels, size=(40, 11)) / levels
     labels = rng.random((40, 11)) < rng.random((40, 1))
-    labels[0] = False
-    labels[1] = True
+    labels[0] = False  # a video without labels
+    labels[1] = True   # a video to which every class belongs
     expected = [looped_precision(*video) for video in zip(scores, labels)]
     assert expected[:2] == [0, 1]
     close(evaluate.average_precision(scores, labels), np.array(expected), 1e-12)
 
 
 @pytest.mark.parametrize("case", range(int(METRICS["n"])))
-def test_the_metric_is_that_of_scikit_learn_and_of_the_authors(case):
-    """mmaction2 differs in one thing: a video without labels gets NaN."""
+def test_the_metric_is_that_of_scikit_learn_and_of_the_winners_code(case):
+    """And mmaction2's, but for a video without labels, which has NaN there."""
     scores = METRICS[f"scores_{case}"]
     labels = METRICS[f"labels_{case}"]
     ours = evaluate.average_precision(scores, labels)
@@ -120,19 +119,14 @@ def test_the_metric_is_that_of_scikit_learn_and_of_the_authors(case):
     assert whole == pytest.approx(METRICS[f"xtemporal_{case}"], rel=0, abs=1e-12)
 
 
-@pytest.mark.parametrize("scores, labels", [
-    (np.array([[1 + 1e-12, 1]]), np.array([[1, 0]])),  # equal in float32, so they would tie
-    (np.array([[0.5, 0.4995]], np.float16), np.array([[True, False]])),
-    (torch.tensor([[1.0, 0.5]]), torch.tensor([[1.0, 0.0]])),
-])
-def test_scores_are_compared_as_they_are_stored(scores, labels):
-    assert evaluate.average_precision(scores, labels).tolist() == [1]
+def test_scores_are_compared_as_they_are_stored():
+    """In float32 these two would be equal and tie."""
+    assert precision_of([1 + 1e-12, 1], [1, 0]) == 1
 
 
 @pytest.mark.parametrize("scores, labels, message", [
     ([[0.5, np.nan]], [[1, 0]], "not a number"),
     ([[0.5, 0.1]], [[2, 0]], "0 or 1"),
-    ([[0.5, 0.1]], [[0.5, 0]], "0 or 1"),
     ([[0.5, 0.1]], [[np.nan, 0]], "0 or 1"),
     ([[0.5, 0.1]], [[1, 0, 0]], r"\(1, 2\) .* \(1, 3\)"),
     ([0.5, 0.1], [1, 0], r"\(2,\) .* \(2,\)"),
@@ -152,50 +146,46 @@ def test_hit_rates_by_hand():
 
 
 def test_the_printed_figures_by_hand(capsys):
-    """Rows are videos: AP 1, AP 1/2, and no label. Columns are classes: the label of class 0 has
-    the best of its three scores, AP 1; that of class 1 the second best, AP 1/2; class 2 has none.
+    """Rows are videos. The label of the first is ranked first, AP 1; that of the second is ranked
+    second, AP 1/2; the third has none, AP 0.
+
+    Columns are classes, each of which ranks the three videos. Class 0 belongs to the first video,
+    which has its highest score: AP 1. Class 1 belongs to the second video, which has its lowest
+    score: AP 1/3. Class 2 belongs to no video and does not count.
     """
-    scores = np.array([[0.9, 0.6, 0.0], [0.8, 0.5, 0.0], [0.1, 0.2, 0.3]])
+    scores = np.array([[0.9, 0.6, 0.0], [0.8, 0.5, 0.0], [0.1, 0.7, 0.3]])
     labels = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0]])
     evaluate.print_metrics(scores, labels)
     first, second, last = capsys.readouterr().out.splitlines()
-    assert "1 of 3 videos" in first and "mAP of the others 75.00" in first
-    assert second == "class-level mAP 75.00, top-1 hit rate 50.00, top-5 100.00"
-    assert last == "mAP 50.00"
+    assert "1 of 3 videos" in first
+    assert "mAP of the others 75.00" in first  # (1 + 1/2) / 2
+    assert second == "class-level mAP 66.67, top-1 hit rate 50.00, top-5 100.00"
+    assert last == "mAP 50.00"  # (1 + 1/2 + 0) / 3
 
 
 # ---- the views of a video
 
 
-@pytest.mark.parametrize("model", ["tsn", "trn", "tsm", "tin", "slowfast"])
-def test_protocols_of_every_row_are_the_reports(model):
-    for row in importlib.import_module(model).RECIPES:
-        _, recipe = evaluate.open_model(model, row)
-        evaluate.check_recipe(recipe)
-        one_view = (256, 224)  # short side, crop
-        clips = 5
-        sides = [256]          # short sides, and the crops' sides
-        if model == "slowfast":
-            one_view = (128, 112)
-            clips = 10
-            sides = [128, 144, 160]
-        if row == "toy":
-            one_view = (36, 32)
-            sides = [32]
-        if row == "toy" and model == "slowfast":
-            sides = [32, 30, 28]
-
-        sizes = [(side, side) for side in sides]
-        clip = evaluate.make_protocol(recipe)
-        dense = evaluate.make_protocol(recipe, "dense")
-        multiscale = evaluate.make_protocol(recipe, "multiscale")
-        assert clip == {"name": "clip", "clips": 1, "crops": "1", "sizes": [one_view]}
-        assert dense == {"name": "dense", "clips": clips, "crops": "3", "sizes": sizes[:1]}
-        assert multiscale == {**dense, "name": "multiscale", "sizes": sizes}
-        assert evaluate.count_views(clip) == 1
-        assert evaluate.count_views(multiscale) == clips * 3 * len(sides)
-        assert evaluate.count_views({**multiscale, "crops": "random"}) == clips * 3 * len(sides)
-        assert evaluate.count_views({**multiscale, "crops": "1"}) == clips * len(sides)
+@pytest.mark.parametrize("model, row, one_view, clips, sides", [
+    ("tin", "r50_8f", (256, 224), 5, [256]),
+    ("slowfast", "r101_8x8", (128, 112), 10, [128, 144, 160]),
+    ("tin", "toy", (36, 32), 5, [32]),
+    ("slowfast", "toy", (36, 32), 10, [32, 30, 28]),
+])
+def test_protocols_are_the_reports(model, row, one_view, clips, sides):
+    """A size is a frame's short side and a crop's. Of dense views the two are equal: three crops
+    along the long side then cover the whole frame."""
+    _, recipe = evaluate.open_model(model, row)
+    clip = evaluate.make_protocol(recipe)
+    dense = evaluate.make_protocol(recipe, "dense")
+    multiscale = evaluate.make_protocol(recipe, "multiscale")
+    sizes = [(side, side) for side in sides]
+    assert clip == {"name": "clip", "clips": 1, "crops": "1", "sizes": [one_view]}
+    assert dense == {"name": "dense", "clips": clips, "crops": "3", "sizes": sizes[:1]}
+    assert multiscale == {**dense, "name": "multiscale", "sizes": sizes}
+    assert evaluate.count_views(clip) == 1
+    assert evaluate.count_views(multiscale) == clips * 3 * len(sides)
+    assert evaluate.count_views({**multiscale, "crops": "random"}) == clips * 3 * len(sides)
 
 
 @pytest.mark.parametrize("width, height, crop, crops, places", [
@@ -203,7 +193,6 @@ def test_protocols_of_every_row_are_the_reports(model):
     (256, 340, 256, "3", [(0, 0), (0, 84), (0, 42)]),        # portrait: top, bottom, centre
     (256, 256, 256, "3", [(0, 0), (0, 0), (0, 0)]),          # a square has one place
     (340, 256, 224, "3", [(0, 16), (116, 16), (58, 16)]),
-    (256, 340, 224, "3", [(16, 0), (16, 116), (16, 58)]),
     (340, 256, 224, "1", [(58, 16)]),
     (171, 169, 112, "1", [(30, 28)]),  # 29.5 and 28.5 become even, as in Python and torchvision
 ])
@@ -282,20 +271,12 @@ def test_ten_clips_are_spread_over_a_video_of_three_seconds():
     assert described(views) == [(list(range(13, 77, 2)), 6, 4)]
 
 
-def test_ten_clips_of_eleven_frames_by_eight_are_three_different_ones():
-    """SlowFast 11x8 sees 88 of a video's 90 frames, so a clip can start at frame 0, 1 or 2."""
-    [views] = views_of(16, 16, 90, sampling="clip", frames=44, stride=2, clips=10)
-    starts = [frames[0] for frames, x, y in described(views)]
-    assert starts == [0] * 5 * 3 + [1] * 4 * 3 + [2] * 1 * 3
-
-
 @pytest.mark.parametrize("sampling", ["segments", "clip"])
-@pytest.mark.parametrize("num_frames", [1, 3, 200])
-def test_every_frame_is_decoded_once(sampling, num_frames):
+def test_every_frame_is_decoded_once(sampling):
     recipe = dict(sampling=sampling, frames=8, stride=2, clips=5, crops="3", scales=(16, 20))
     video = Frames(22, 16)
     protocol = evaluate.make_protocol(recipe, "multiscale")
-    views = evaluate.test_views(video, num_frames, "a", recipe, protocol)
+    views = evaluate.test_views(video, 20, "a", recipe, protocol)
     [asked_for] = video.asked_for
     seen = set(torch.cat([view[:, :, 9, 9, 0] for view in views]).flatten().tolist())
     assert sorted(seen) == sorted(asked_for)
@@ -314,16 +295,6 @@ def test_randomness_belongs_to_the_videos_name(crops):
     assert views("a", seed=1) == first
     assert views("b", seed=0) != first
     assert len({x for frames, x, y in first}) == 3 or crops == "random"
-
-
-def test_views_of_several_videos_are_stacked_scale_by_scale():
-    """Two videos of one view in two scales: views of different sizes cannot be one tensor."""
-    items = [(7, [torch.ones(1, 4, 6, 6, 3), torch.ones(1, 4, 5, 5, 3)]),
-             (2, [torch.zeros(1, 4, 6, 6, 3), torch.zeros(1, 4, 5, 5, 3)])]
-    rows, [large, small] = evaluate.stack_views(items)
-    assert rows.tolist() == [7, 2]
-    assert large.shape == (2, 1, 4, 6, 6, 3) and small.shape == (2, 1, 4, 5, 5, 3)
-    assert large[:, 0, 0, 0, 0, 0].tolist() == small[:, 0, 0, 0, 0, 0].tolist() == [1, 0]
 
 
 # ---- scores
@@ -500,8 +471,7 @@ def test_batches_and_workers_change_nothing(lab, batch, view_batch, workers):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_the_network_runs_in_evaluation_mode_on_view_batch_views(lab, training):
+def test_the_network_runs_in_evaluation_mode_on_view_batch_views(lab):
     """Seven videos of nine views at each scale are 63 views: twelve times five, and three."""
     sizes = []
 
@@ -511,10 +481,10 @@ def test_the_network_runs_in_evaluation_mode_on_view_batch_views(lab, training):
             sizes.append(tuple(clip.shape))
             return clip[:, 1, 1, 3, :10]
 
-    model = Spy().train(training)
+    model = Spy().train()
     videos = video_list(lab, "multiscale")
     evaluate.predict(model, videos, 10, lab.recipe, CPU, batch=7, view_batch=5)
-    assert model.training == training  # as before
+    assert model.training  # as before
     assert sizes == [
         *[(5, 4, 3, 36, 36)] * 12, (3, 4, 3, 36, 36),
         *[(5, 4, 3, 40, 40)] * 12, (3, 4, 3, 40, 40)]
@@ -640,12 +610,6 @@ def test_values_that_cannot_be_used(changed, message):
         evaluate.check_recipe({**recipe, **changed})
 
 
-def test_every_word_can_be_used():
-    for key, words in evaluate.WORDS.items():
-        for word in words:
-            evaluate.check_recipe({**evaluate.open_model("tin")[1], key: word})
-
-
 @pytest.mark.parametrize("kind", ["zip", "pickle", "pickle of NumPy 1"])
 def test_numpy_numbers_in_a_checkpoint_are_read(tmp_path, kind):
     """PyTorch writes a zip, and wrote bare pickles before. NumPy 1 had another name inside."""
@@ -679,7 +643,6 @@ class Call:
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("content", [
     Call(os.system, "touch touched"),
-    Call(eval, "open('touched', 'w')"),
     Call(np.savetxt, "touched", [0]),  # other objects of NumPy are allowed
     argparse.Namespace(lr=1),          # harmless, and common
 ])
@@ -715,9 +678,10 @@ class NewModelFile:
         return checkpoint
 
 
-@pytest.mark.parametrize("container", [
-    "state_dict", "model", "model_state", "model_state_dict", "net"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("container, prefix", [
+    ("state_dict", ""), ("model", "module."), ("model_state", "_orig_mod."),
+    ("model_state_dict", "module._orig_mod."), ("net", ""),
+])
 def test_a_new_model_file_gets_every_container_as_model(container, prefix):
     checkpoint = {"epoch": 3, container: {f"{prefix}net.module.weight": 1}}
     converted = evaluate.convert(NewModelFile, checkpoint, "file.pth")
@@ -743,18 +707,6 @@ def test_the_file_knows_the_number_of_classes(lab, num_classes):
     assert found == num_classes
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[key])
-
-
-@torch.no_grad()
-def test_the_authors_own_file_gives_the_authors_logits(tmp_path):
-    """The way of --weights: read, converted, loaded, and its answer to a clip."""
-    case = golden("tsm_mit_r50_t8")
-    torch.save(case.checkpoint, tmp_path / "PUBLIC.pth")
-    module, recipe = evaluate.open_model("tsm", "r50_8f")
-    checkpoint = evaluate.read_checkpoint(tmp_path / "PUBLIC.pth")
-    model, num_classes = evaluate.load_weights(module, recipe, checkpoint, "PUBLIC.pth")
-    assert num_classes == case.arrays["logits"].shape[1]
-    close(model.eval()(case.clip), case.arrays["logits"])
 
 
 def test_weights_that_do_not_fit_are_told_with_both_shapes(lab):
@@ -936,10 +888,9 @@ def scored(lab, run, *flags, checkpoint=None):
 @pytest.mark.parametrize("flags, name, changed", [
     ("", "clip", {}),
     ("--protocol dense", "dense", {}),
-    ("--clips 2", "multiscale", {"clips": 2}),
     ("--clips 2 --protocol dense", "dense", {"clips": 2}),
+    ("--clips 2 --crops 1", "multiscale", {"clips": 2, "crops": "1"}),
     ("--scales 36 38 44 --average logit", "multiscale", {"scales": [36, 38, 44]}),
-    ("--crops 1", "multiscale", {"crops": "1"}),
     ("--test-resize 40 --test-crop 24", "clip", {"test_resize": 40, "test_crop": 24}),
     ("--std 0.2 0.3 0.4 --sampling clip --stride 5", "clip",
      {"std": [0.2, 0.3, 0.4], "sampling": "clip", "stride": 5}),
@@ -954,15 +905,6 @@ def test_flags_choose_the_protocol(lab, run, flags, name, changed):
     assert meta["recipe"] == json.loads(json.dumps(recipe))
     expected = one_view_at_a_time(lab, recipe, protocol, average)
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
-
-
-def test_random_crops_do_not_depend_on_the_batch(lab, run):
-    first, meta = scored(lab, run, "--crops", "random", "--batch", 1)
-    second, _ = scored(lab, run, "--crops", "random", "--batch", 7)
-    fixed, _ = scored(lab, run, "--crops", "3")
-    np.testing.assert_allclose(first, second, rtol=0, atol=1e-5)
-    assert abs(first - fixed).max() > 1e-3
-    assert meta["protocol"]["crops"] == "random"
 
 
 def test_a_score_file_says_where_it_comes_from(lab, run):
