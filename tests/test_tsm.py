@@ -13,7 +13,7 @@ import torch
 import torchvision
 
 import tsm
-from conftest import close, drawn_clip, fill, golden, golden_names
+from conftest import close, fill, golden, golden_names
 
 
 # ---- the shift -------------------------------------------------------------------------------
