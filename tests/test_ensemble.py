@@ -153,25 +153,19 @@ def test_names_are_compared_where_both_files_hold_them(run):
     assert "class 2 is 'class 2' in a.npz, but 'class 3' in swapped.npz" in error
 
 
-BYTES = {"text": b"path,score_0\n", "half a file": b"PK\3\4half"}
-ARRAYS = {
-    "pickled paths": dict(paths=np.array(PATHS, object)),
-    "meta is a list": dict(meta="[1]"),
-    "another file": dict(paths=None),
-    "words for scores": dict(scores=MODELS[0].astype(str)),
-    "a table of paths": dict(paths=np.array(PATHS)[:, None]),
-}
-
-
-@pytest.mark.parametrize("kind", [
-    *BYTES, "pickled paths", "meta is a list", "another file",
-    "words for scores", "a table of paths"])
-def test_other_files(run, kind):
-    if kind in BYTES:
-        Path("bad.npz").write_bytes(BYTES[kind])
+@pytest.mark.parametrize("second", [
+    dict(paths=np.array(PATHS, object)),  # a pickle
+    dict(paths=np.array(PATHS)[:, None]),  # a table
+    dict(scores=MODELS[0].astype(str)),
+    dict(meta="[1]"),
+    "text",
+])
+def test_other_files(run, second):
+    if second == "text":
+        Path("bad.npz").write_text("path,score_0\n")
     else:
-        arrays = {"paths": np.array(PATHS), "scores": MODELS[0], "meta": "{}", **ARRAYS[kind]}
-        np.savez("bad.npz", **{key: array for key, array in arrays.items() if array is not None})
+        arrays = {"paths": np.array(PATHS), "scores": MODELS[0], "meta": "{}", **second}
+        np.savez("bad.npz", **arrays)
     status, lines, [error] = run("a.npz", "bad.npz")
     assert status == 2 and lines == []
     assert "bad.npz: not a score file" in error
@@ -194,17 +188,16 @@ def test_the_order_of_rows_does_not_matter(run):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-@pytest.mark.parametrize("copies", [1, 3])
-def test_copies_of_a_model_are_the_model(dtype, copies):
+def test_copies_of_a_model_are_the_model(dtype):
     """Half precision becomes float32: the mean of several models would tie in it."""
     scores = MODELS[0].astype(dtype)
-    result = ensemble.combine([scores] * copies)
+    result = ensemble.combine([scores] * 3)
     assert result.dtype == np.promote_types(dtype, np.float32)
     np.testing.assert_allclose(result, scores, rtol=1e-15)
 
 
 @pytest.mark.parametrize("weights", [
-    [1, 1], [1, 1, 1, 1], [1, -1, 1], [0, 0, 0], [1, np.nan, 1], [1, np.inf, 1], [[1, 1, 1]]])
+    [1, 1], [1, -1, 1], [0, 0, 0], [1, np.nan, 1], [[1, 1, 1]]])
 def test_weights_that_are_refused(weights):
     with pytest.raises(ValueError, match="--weights"):
         ensemble.combine(MODELS, weights)
@@ -252,16 +245,6 @@ def test_weights_are_those_of_the_naive_greedy_search(kind):
 ])
 def test_weights_of_one_model_and_of_equal_ones(scores, weights):
     assert ensemble.fit_weights(scores, LABELS).tolist() == weights
-
-
-def test_noise_gets_next_to_nothing_and_fitting_never_costs():
-    noise = np.random.default_rng(9).random((N, K), dtype=np.float32)
-    scores = np.stack([noise, *MODELS])
-    weights = ensemble.fit_weights(scores, LABELS)
-    assert 0 <= weights.min() and weights.sum() == pytest.approx(1)
-    assert weights[0] < 0.05
-    own = [evaluate.sample_map(model, LABELS) for model in scores]
-    assert evaluate.sample_map(ensemble.combine(scores, weights), LABELS) > max(own)
 
 
 def cross_fit_by_hand():

@@ -413,6 +413,16 @@ def test_init_imagenet_offline_names_a_place_and_reads_a_file_there(tmp_path, mo
 # ---- writing a checkpoint
 
 
+def test_a_checkpoint_is_replaced_in_one_step(tmp_path):
+    """Who has the previous one open can still read it; it was not written over."""
+    train.save(tmp_path / "last.pt", {"step": 1})
+    before = (tmp_path / "last.pt").read_bytes()
+    with open(tmp_path / "last.pt", "rb") as previous:
+        train.save(tmp_path / "last.pt", {"step": 2})
+        assert previous.read() == before
+    assert read(tmp_path)["step"] == 2
+
+
 @pytest.mark.parametrize("limit", [0, 300_000])
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, limit):
     """A limit on the size of files stands for the disk; the checkpoint has 400,000 bytes."""
