@@ -433,8 +433,9 @@ def time_network(args, name, amp, channels_last, compiled, steps):
     evaluation = "-"
     if not compiled:
         model.eval()
-        score = functools.partial(evaluate.score_views, view_batch=size, channels_last=channels_last,
-                                  autocast=evaluate.make_autocast(args.device, amp))
+        score = functools.partial(
+            evaluate.score_views, view_batch=size, channels_last=channels_last,
+            autocast=evaluate.make_autocast(args.device, amp))
         score_seconds = seconds_of(turns, score, model, [clips[:, None]], recipe, args.device)
         evaluation = f"{size / score_seconds:,.0f}"
 
@@ -569,8 +570,8 @@ def train_toy(args, model, amp, kill):
     lines = [json.loads(text) for text in log.read_text().splitlines()]
     maps = [100 * line["val_map"] for line in lines if "val_map" in line]
     last_step = [line for line in lines if "loss" in line][-1]
-    return [amp, len(maps), killed, f"{last_step['loss']:.2f}", f"{maps[-1]:.2f}", f"{max(maps):.2f}",
-            f"{last_step['clips_per_s']:.0f}"]
+    return [amp, len(maps), killed, f"{last_step['loss']:.2f}", f"{maps[-1]:.2f}",
+            f"{max(maps):.2f}", f"{last_step['clips_per_s']:.0f}"]
 
 
 def compare_half(args, model, protocol):

@@ -1,4 +1,4 @@
-"""README's pictures and figures: the pictures are what their scripts draw, the benchmark's rows run.
+"""README's pictures and figures: pictures are what their scripts draw, the benchmark's rows run.
 
     python -m pytest tests/test_figures.py
 """

@@ -19,8 +19,8 @@ from conftest import close, fill, golden, golden_names
 # ---- the shift -------------------------------------------------------------------------------
 
 def test_four_frames_by_hand():
-    """Each of eight channels holds 1 2 3 4 in the four frames. With eight channels, an eighth is one
-    channel. Where no frame arrives, at the clip's end or its beginning, the value becomes 0."""
+    """Each of eight channels holds 1 2 3 4 in the four frames. With eight channels, an eighth is
+    one channel. Where no frame arrives, at the clip's end or its beginning, the value becomes 0."""
     frames = torch.tensor([1.0, 2.0, 3.0, 4.0])
     x = frames.view(1, 4, 1, 1, 1).expand(1, 4, 8, 1, 1)
     y = tsm.temporal_shift(x)[0, :, :, 0, 0]  # (T, C)
