@@ -67,6 +67,7 @@ TABLE = {
         ("no-names", "no-names/categories.txt: names no class"),
         ("gap", "gap/categories.txt:2: an empty line would shift the ids"),
         ("twice", "twice/categories.txt: the name 'moving+right' appears twice"),
+        ("ids", "ids/categories.txt: the ids must be 0 to 1, each once"),
         ("no-lists", "no-lists: no train.txt, val.txt or test.txt; python data.py extract --out"),
         ("nothing-listed", "nothing-listed/train.txt: lists no video"),
         ("no-labels", "no-labels/train.txt:1: the file is read as ours"),
@@ -127,8 +128,13 @@ TABLE = {
     f"{TRAIN} --out run": [  # where a run with these settings has finished
         ("", "run/last.pt: a run is there already; continue it with --resume"),
         ("--resume --lr 0.5", "run/last.pt: belongs to another run: lr 0.03 there, 0.5 here"),
-        ("--resume --seed 1", "; to start a new run from its weights: --init run/last.pt --out"),
+        ("--resume --lr 0.5", "; to start a new run from its weights: --init run/last.pt --out"),
+        ("--resume --seed 1", "seed 0 there, 1 here"),
+        ("--resume --model trn", "model tsn there, trn here"),
+        ("--resume --epochs 2 --batch 4", "batch 8 there, 4 here, epochs 1 there, 2 here"),
         ("--resume --data shorter", "another list, of 16 videos; the list here has 15; to start"),
+        ("--resume --data longer", "another list, of 16 videos; the list here has 17; to start"),
+        ("--resume --data reordered", "another list, of 16 videos; the list here has 16; to start"),
         ("--resume --data swapped", "class 0 is 'moving+left' in this data folder, but '"),
     ],
     "evaluate --checkpoint run/best.pt --data toy --workers 0": [
@@ -223,15 +229,16 @@ def folder(tmp_path_factory):
 def make_data_folders():
     first, second, *others = data.TOY_CATEGORIES
     with open("toy/train.txt") as file:
-        shorter = "".join(list(file)[1:])
+        lines = list(file)
     data_folder("no-names", categories="")
     data_folder("gap", categories="\n".join([first, "", second, *others]))
     data_folder("twice", categories="\n".join([first, second, first, *others]))
+    data_folder("ids", categories="a,1\nb,2\n")
     data_folder("swapped", categories="\n".join([second, first, *others]))
     data_folder("fewer", categories="\n".join([first, second, *others[:-1]]))
     data_folder("no-lists", train=None, val=None)
     data_folder("no-val", val=None)
-    data_folder("nothing-listed", train="")
+    data_folder("nothing-listed", train="train/00000 0 1\n")  # 0 frames
     data_folder("no-labels", train="train/00000 24\n")
     data_folder("label", train="train/00000 24 10,3\n")
     data_folder("outside", train="../00000 24 1\n")
@@ -239,7 +246,9 @@ def make_data_folders():
     data_folder("bytes", train=b"\xff\xfe\x00\n")
     data_folder("unlabelled", val="train/00000 24 -1\n")
     data_folder("lost", train="train/gone 24 0\n", val="train/gone 24 0\n")
-    data_folder("shorter", train=shorter)
+    data_folder("shorter", train="".join(lines[1:]))
+    data_folder("longer", train="".join([*lines, "train/again 24 0\n"]))
+    data_folder("reordered", train="".join(reversed(lines)))
 
 
 def data_folder(name, **contents):

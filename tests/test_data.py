@@ -178,20 +178,15 @@ CSV = "name.mp4,id[,id...]"
 
 @pytest.mark.parametrize("first, second, reasons", [
     ("a 9 1,2", "b 9 -2", ["read as ours", OURS]),
-    ("a 9 1,2", "b 9 3,-1", [OURS]),
     ("a 9 1,2", "b 9.5 1", [OURS]),
     ("a 9 1,2", "b 9999999999999999 1", [OURS]),
     ("a 9 1,2", "b 9 3,10", ["label 10", "last class of categories.txt is 9"]),
     ("a 9 1,2", "../b 9 1", ["'../b'", "inside the folder"]),
-    ("a 9 1,2", "b//c 9 1", ["inside the folder"]),
     ("a.mp4,1", "C:\\b.mp4,3", ["inside the folder"]),
     ("a.mp4,1", "b.mp4", [CSV]),
-    ("a.mp4,1", "b.mp4;0;2", ["read as csv", CSV]),
     ("a.mp4,1", "b.mp4,-2", ["'-2' is not a class id"]),
     ("a.mp4,1", "b.mp4,3,-1", ["-1 means unlabelled and stands alone"]),
-    ("a.mp4,1", "b.mp4,1,0,0", ["the ids of the classes, not a column of 0 or 1"]),
-    ("a.mp4,1", "b.mp4,1,01", ["appears twice"]),
-    ("a.mp4,1", "b.mp4,raining,3,1", ["single-label Moments in Time"])])
+    ("a.mp4,1", "b.mp4,1,01", ["appears twice"])])
 def test_a_bad_line_is_named_with_its_number_and_what_was_expected(
         tmp_path, first, second, reasons):
     with pytest.raises(ValueError) as error:
@@ -201,30 +196,11 @@ def test_a_bad_line_is_named_with_its_number_and_what_was_expected(
         assert reason in str(error.value)
 
 
-@pytest.mark.parametrize("content, reason", [
-    (b"caf\xe9 9 1\n", "UTF-8"), ("\n  \r\n", "no video"), ("a 0 1,2\n", "no video")])
-def test_a_file_that_is_no_list_is_named(tmp_path, content, reason):
-    with pytest.raises(ValueError, match=f"list.txt: .*{reason}"):
-        read(tmp_path, content)
-
-
 def test_categories_are_names_by_id(tmp_path):
     for text, expected in (("c+d\na/b\n", ["c+d", "a/b"]), ("c+d,1\na/b,0\n", ["a/b", "c+d"]),
                            ("\ufeff b \r\na\r\n\r\n", ["b", "a"])):
         write(tmp_path / "categories.txt", text)
         assert data.read_categories(tmp_path) == expected
-
-
-@pytest.mark.parametrize("text, reason", [
-    ("\n\n", "no class"), ("a\n\nb\n", ":2: an empty line would shift the ids"),
-    ("a\nb\na\n", "the name 'a' .* twice"), ("a,0\nb,2\n", "ids must be 0 to 1"),
-    ("a,1\nb,2\n", "ids must be 0 to 1"), ("a,0\nb,1\nc,1\n", "ids must be 0 to 2"),
-    (None, "missing; write the names of the classes there")])
-def test_categories_that_would_shift_ids_are_refused(tmp_path, text, reason):
-    if text is not None:
-        write(tmp_path / "categories.txt", text)
-    with pytest.raises(ValueError, match=f"categories.txt.*{reason}"):
-        data.read_categories(tmp_path)
 
 
 def test_two_places_must_name_the_same_classes_in_one_order():
@@ -344,16 +320,8 @@ def test_the_multiscale_crop_draws_every_pair_of_sides_and_place(width, height, 
     assert len({(w, h) for _, _, w, h in drawn}) == 10
 
 
-def test_the_multiscale_crop_is_uniform_and_stays_inside_any_frame():
+def test_the_multiscale_crop_stays_inside_any_frame():
     rng = np.random.default_rng(0)
-    boxes = [data.multiscale_box(426, 320, 224, rng) for _ in range(13000)]
-    pairs = [(w, h) for _, _, w, h in boxes]
-    places = [(x // ((426 - w) // 4), y // ((320 - h) // 4)) for x, y, w, h in boxes if h < 320]
-    for drawn, kinds in ((pairs, 10), (places, 13)):
-        _, counts = np.unique(drawn, axis=0, return_counts=True)
-        mean = len(drawn) / kinds
-        assert len(counts) == kinds
-        assert abs(counts - mean).max() < 5 * np.sqrt(mean)  # five standard deviations
     for _ in range(3000):
         width, height = rng.integers(2, 500, 2)
         x, y, w, h = data.multiscale_box(width, height, rng.integers(1, 300), rng)
@@ -631,8 +599,6 @@ def damage(file, kind):
         file.unlink()
     elif kind == "truncated":
         file.write_bytes(content[:half])
-    elif kind == "text":
-        file.write_text("not an image and not a zip\n")
     elif kind == "bit":  # a checksum tells
         file.write_bytes(content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :])
     elif kind == "size":  # other than the other frames'
@@ -640,11 +606,9 @@ def damage(file, kind):
 
 
 @pytest.mark.parametrize("name, kind, packed", [
-    ("r/img_00003.jpg", "missing", False), ("r/img_00003.jpg", "missing", True),
-    ("r/img_00003.jpg", "truncated", False), ("r/img_00003.jpg", "truncated", True),
-    ("r/img_00003.jpg", "text", False), ("r/img_00003.jpg", "bit", False),
-    ("r/img_00003.jpg", "size", False), ("r.zip", "missing", True),
-    ("r.zip", "truncated", True), ("r.zip", "bit", True)])
+    ("r/img_00003.jpg", "missing", False), ("r/img_00003.jpg", "truncated", True),
+    ("r/img_00003.jpg", "bit", False), ("r/img_00003.jpg", "size", False),
+    ("r.zip", "missing", True), ("r.zip", "truncated", True), ("r.zip", "bit", True)])
 def test_a_broken_video_is_named_with_its_list_line(tmp_path, name, kind, packed):
     folder = data_folder(tmp_path, ["p 3 0", "", "q/r 3 1", "s 3 2"])
     if name == "r.zip":
@@ -1231,9 +1195,7 @@ def test_check_describes_a_sound_folder(sound_folder, capsys):
 @pytest.mark.parametrize("name, kind, packed, reason", [
     ("img_00001.jpg", "missing", False, "2 of 3 frames"),
     ("img_00003.jpg", "missing", True, "2 of 3 frames"),
-    ("img_00001.jpg", "text", False, "not an image"),
     ("img_00003.jpg", "truncated", False, "truncated"),
-    ("img_00003.jpg", "truncated", True, "truncated"),
     ("img_00003.jpg", "size", False, "its size is not that of the clip's first frame")])
 def test_check_names_a_broken_frame_by_its_line(sound_folder, capsys, name, kind, packed, reason):
     damage(sound_folder / "frames" / "q" / "r" / name, kind)
