@@ -97,6 +97,8 @@ TABLE = {
         ("--frames 0", "--frames 0: at least 1"),
         ("--crop 37", "--crop 37: larger than the short side that it is cut from"),
         ("--jitter 36", "--jitter [36]: two numbers, the smaller one first"),
+        ("--jitter 40 36", "--jitter [40, 36]: two numbers, the smaller one first"),
+        ("--mean 0.5 0.5", "--mean and --std: three numbers each"),
         ("--std 0 1 1", "--mean and --std: three numbers each"),
         ("--lr fast", "argument --lr: invalid float value: 'fast'"),
         ("--lr nan", "--lr nan: must be finite and not negative"),
@@ -141,6 +143,7 @@ TABLE = {
         ("--checkpoint gone.pt", "'gone.pt'"),
         ("--checkpoint toy", "'toy'"),
         ("--checkpoint cut.pt", "cut.pt: not a PyTorch checkpoint, or truncated"),
+        ("--checkpoint tensor.pt", "tensor.pt: not a PyTorch checkpoint"),
         ("--checkpoint val.npz", "val.npz: not a PyTorch checkpoint"),
         ("--checkpoint plain.pt", "plain.pt: not a checkpoint of train.py"),
         ("--data gone", "gone/categories.txt: missing; write the names of the classes there"),
@@ -289,6 +292,7 @@ def make_files():
 def make_checkpoints():
     checkpoint = torch.load("run/best.pt", weights_only=True)
     torch.save(checkpoint["model"], "plain.pt")
+    torch.save(torch.zeros(3), "tensor.pt")
     torch.save({"args": argparse.Namespace(lr=0.1)}, "object.pt")
     shutil.copy("run/best.pt", "cut.pt")
     os.truncate("cut.pt", 5000)

