@@ -215,7 +215,7 @@ class SlowFast(nn.Module):
     slow_index: "stride" or "linspace", see slow_frames. alpha: None for the variant's own.
 
     The defaults are the network that the report's authors released; the other values serve other
-    people's weights. An unknown variant, depth or slow_index is a ValueError.
+    people's weights. An unknown variant, depth or slow_index raises a ValueError.
     """
 
     def __init__(
@@ -338,8 +338,8 @@ def build(recipe, num_classes):
     )
 
 
-# What all rows but the toy have in common. In the comments, "report" means that the report says so,
-# and "ours" that it does not: our source or reason follows.
+# What all rows but the toy have in common. In the comments, "report" means that the report says so.
+# "ours" means that the report is silent; what we follow, or why, comes after it.
 SHARED = dict(
     # network
     depth=101,             # 50, 101, 152 or 200; report: 152 and 200 score nearly the same
@@ -551,7 +551,7 @@ def convert(checkpoint):
     - the Caffe2 files of PySlowFast's model zoo, unpickled to arrays: complete
 
     Names and shapes tell which options of SlowFast a file needs, except for alpha and slow_index,
-    which leave no trace in it. A file with any other key is a ValueError.
+    which leave no trace in it. A file with any other key raises a ValueError.
     """
     # The tensors may lie in a dict of their own, beside the optimiser's state and the epoch.
     tensors = checkpoint

@@ -7,8 +7,8 @@ network, and the best of its image models.
 Report: arXiv 2003.05837, section 1.4 and Table 1.
 Paper: Shao, Qian and Liu, "Temporal Interlacing Network", arXiv 2001.06499.
 
-    One channel of four frames a b c d, moved by an offset. Frames shifted past the end are
-    dropped, at either end; the gap is filled with zeros.
+    One channel of four frames a b c d, moved by an offset. What leaves the clip, at either end,
+    is dropped, and the gap is filled with zeros.
 
     frame         0          1          2          3
     offset  0     a          b          c          d
@@ -16,9 +16,10 @@ Paper: Shao, Qian and Liu, "Temporal Interlacing Network", arXiv 2001.06499.
     offset -1     b          c          d          0          content moves earlier
     offset +1/2   a/2        (a+b)/2    (b+c)/2    (c+d)/2    a fraction interpolates
 
-This happens to the input of a residual block's first convolution; the block's shortcut gets the
-frames as they were. The first f = C/4 channels form G = 4 groups, which move by o0, o1, -o0 and
--o1. Then each group's frames are multiplied by weights, one for each frame.
+The shift is applied to the input of a residual block's first convolution. The block's shortcut
+gets the frames as they were, so that no feature of a frame is lost. The first f = C/4 channels form
+G = 4 groups, which move by o0, o1, -o0 and -o1. Then each group's frames are multiplied by weights,
+one for each frame.
 
 B clips, T frames, C channels, H height, W width, K classes, D features per frame.
 """
@@ -56,8 +57,8 @@ def temporal_interlace(x, offsets, weights=None):
         matrix = matrix * weights[:, :, :, None]
     matrix = matrix.to(x.dtype)
 
-    # torch.cat of five-dimensional tensors returns contiguous memory. So if x is channels_last,
-    # make the channels its last axis first: then the result has the layout of x.
+    # If x is channels_last, move its channels to the last axis: torch.cat of five-dimensional
+    # tensors returns contiguous memory, so the result will then have the layout of x.
     axis = 4 if x.stride(2) == 1 else 2
     x = x.movedim(2, axis)
     groups = x.unflatten(axis, (offsets.shape[1], -1))
@@ -148,7 +149,7 @@ def residual(block, x, moved):
 class TIN(nn.Module):
     """clip (B, T, 3, H, W), normalised -> logits (B, K).
 
-    frames is T, and a clip of another T is a ValueError. depth is the ResNet's: 18, 50 or 101.
+    frames is T; a clip of another length raises a ValueError. depth is the ResNet's: 18, 50 or 101.
     dropout is a probability.
     """
 
@@ -164,7 +165,7 @@ class TIN(nn.Module):
         # the classifier
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(features, num_classes)
-        nn.init.normal_(self.fc.weight, std=0.001)  # logits start near 0; the authors' code
+        nn.init.normal_(self.fc.weight, std=0.001)  # logits start near 0, as in the authors' code
         nn.init.zeros_(self.fc.bias)
 
         # a module for every residual block
@@ -221,7 +222,7 @@ def build(recipe, num_classes):
 
 # The rows of the report's Table 1, and the toy. A row holds what build() needs, and what differs
 # from the settings in data.py, evaluate.py and train.py. In the comments, "report" means that the
-# report says so, and "ours" that it does not: our source or reason follows.
+# report says so. "ours" means that the report is silent; what we follow, or why, comes after it.
 RECIPES = {
     "r50_8f": dict(
         frames=8,  # T; report
@@ -320,7 +321,7 @@ def convert(checkpoint):
       the offset and weight nets
     - torchvision's ImageNet ResNets: the backbone alone
 
-    A file with any other key is a ValueError.
+    A file with any other key raises a ValueError.
     """
     # The tensors may be in a dict of their own, beside the optimiser's state and the epoch.
     tensors = checkpoint

@@ -71,7 +71,7 @@ class Relation(nn.Module):
 class TRN(nn.Module):
     """clip (B, T, 3, H, W), normalised -> logits (B, K).
 
-    segments is T, and a clip of another T is a ValueError. backbone is resnet18, resnet50 or
+    segments is T; a clip of another length raises a ValueError. backbone is resnet18, resnet50 or
     resnet101. multiscale means all scales from T to 2, for a T of at most 10; otherwise T is the
     only scale. dropout is a probability.
     """
@@ -154,7 +154,8 @@ def build(recipe, num_classes):
 
 # The report has no row for TRN; this one follows its other image models. A row holds what build()
 # needs, and what differs from the settings in data.py, evaluate.py and train.py. In the comments,
-# "report" means that the report says so, and "ours" that it does not: our source or reason follows.
+# "report" means that the report says so. "ours" means that the report is silent; what we follow, or
+# why, comes after it.
 RECIPES = {
     "r50_8f": dict(
         frames=8,  # T; ours: the default of TRN-pytorch and mmaction2
@@ -245,7 +246,7 @@ def convert(checkpoint):
       alone
     - torchvision's ImageNet ResNets: the backbone alone
 
-    A file with any other key is a ValueError.
+    A file with any other key raises a ValueError.
     """
     # The tensors may be in a dict of their own, beside the optimiser's state and the epoch.
     tensors = checkpoint

@@ -1,22 +1,23 @@
 """TSM, the Temporal Shift Module: a 2D ResNet in which some channels are shifted along time.
 
-One eighth of the channels moves to the frame before and one eighth to the frame after, so that
-every frame sees a part of its neighbours. Compared with TSN, the shift adds no weights and no
-multiplications.
+One eighth of the channels moves one frame earlier and one eighth one frame later. The convolution
+that follows looks at a single frame, but now it finds features of both neighbours there. The shift
+has no weights and no multiplications: TSM costs what TSN does, the same ResNet without a shift.
 
 Report: arXiv 2003.05837, section 1.3 and Table 1.
 Paper: Lin, Gan and Han, "TSM: Temporal Shift Module", arXiv 1811.08383.
 
-    One channel of four frames a b c d, moved by an offset. Frames shifted past the end are
-    dropped, at either end; the gap is filled with zeros.
+    One channel of four frames a b c d, moved by an offset. What leaves the clip, at either end,
+    is dropped, and the gap is filled with zeros.
 
     frame         0          1          2          3
     offset  0     a          b          c          d
     offset +1     0          a          b          c          content moves later
     offset -1     b          c          d          0          content moves earlier
 
-This happens to the input of a residual block's first convolution; the block's shortcut gets the
-frames as they were. The first C/8 channels move by -1, the next C/8 by +1 and the others by 0.
+The shift is applied to the input of a residual block's first convolution. The block's shortcut
+gets the frames as they were, so that no feature of a frame is lost. The first C/8 channels move
+by -1, the next C/8 by +1 and the others by 0.
 
 B clips, T frames, C channels, H height, W width, K classes, D features per frame.
 """
@@ -30,12 +31,14 @@ import torchvision
 def temporal_shift(x):
     """Move the first C/8 channels one frame earlier and the next C/8 channels one frame later.
 
-    x (B, T, C, H, W) -> the same shape and memory layout. The figure in the paper shows the two
-    directions the other way round; the released weights need the directions used here. Gradients
-    move the opposite way, and those of a dropped frame are 0.
+    x (B, T, C, H, W) -> the same shape and memory layout. Gradients move the opposite way: a value
+    that was dropped gets 0, and the gradient of a zero that was filled in is lost.
+
+    A figure in the paper shows the two directions the other way round. The weights that its authors
+    released need the directions used here.
     """
-    # torch.cat of five-dimensional tensors returns contiguous memory. So if x is channels_last,
-    # make the channels its last axis first: then the result has the layout of x.
+    # If x is channels_last, move its channels to the last axis: torch.cat of five-dimensional
+    # tensors returns contiguous memory, so the result will then have the layout of x.
     axis = 4 if x.stride(2) == 1 else 2
     x = x.movedim(2, axis)
 
@@ -43,8 +46,9 @@ def temporal_shift(x):
     others = x.shape[axis] - 2 * eighth
     earlier, later, kept = x.split([eighth, eighth, others], dim=axis)
 
-    # pad takes two numbers per axis, last axis first; time is the fourth axis from the end.
-    # (-1, 1) drops the first frame and adds a frame of zeros after the last.
+    # pad takes two numbers per axis, from the last axis to the first. Time is the fourth axis from
+    # the end, wherever the channels are. (-1, 1) drops the first frame and adds a frame of zeros
+    # after the last.
     earlier = nn.functional.pad(earlier, (0, 0, 0, 0, 0, 0, -1, 1))
     later = nn.functional.pad(later, (0, 0, 0, 0, 0, 0, 1, -1))
 
@@ -73,8 +77,9 @@ def residual(block, x, moved):
 class TSM(nn.Module):
     """clip (B, T, 3, H, W), normalised -> logits (B, K).
 
-    frames is T, and a clip of another T is a ValueError. depth is the ResNet's: 18, 50 or 101.
-    dropout is a probability. shift_every=n shifts in the blocks 0, n, 2n ... of every stage.
+    frames is T; a clip of another length raises a ValueError. depth is the ResNet's: 18, 50 or 101.
+    dropout is a probability. shift_every=n shifts in the blocks 0, n, 2n ... of every stage; with
+    None, n depends on the depth (see below).
     """
 
     def __init__(self, num_classes, frames=8, depth=50, dropout=0.5, shift_every=None):
@@ -89,11 +94,12 @@ class TSM(nn.Module):
         # the classifier
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(features, num_classes)
-        nn.init.normal_(self.fc.weight, std=0.001)  # logits start near 0; the authors' code
+        nn.init.normal_(self.fc.weight, std=0.001)  # logits start near 0, as in the authors' code
         nn.init.zeros_(self.fc.bias)
 
-        # The default is what the weights released by TSM's authors need: a shift in every block,
-        # and in networks deeper than ResNet-50 in every second block.
+        # The default is what the weights that TSM's authors released need: a shift in every block,
+        # and in networks deeper than ResNet-50 in every second one. The report's authors shift in
+        # every block at any depth, so RECIPES says 1.
         if shift_every is not None:
             self.shift_every = shift_every
         elif depth <= 50:
@@ -152,13 +158,13 @@ def build(recipe, num_classes):
 
 # The rows of the report's Table 1, and the toy. A row holds what build() needs, and what differs
 # from the settings in data.py, evaluate.py and train.py. In the comments, "report" means that the
-# report says so, and "ours" that it does not: our source or reason follows.
+# report says so. "ours" means that the report is silent; what we follow, or why, comes after it.
 RECIPES = {
     "r50_8f": dict(
         frames=8,  # T; report
         depth=50,  # of the ResNet; report
         dropout=0.5,  # probability, before the classifier; report
-        shift_every=1,  # every block shifts; ours: the code of the report's authors, at any depth
+        shift_every=1,  # every block; ours: the code of the report's authors
     ),
     "r50_16f": dict(
         frames=16,
@@ -180,7 +186,7 @@ RECIPES = {
     ),
 }
 
-# mAP in percent on the validation set, one view a video; report, Table 1
+# mAP in percent on M-MiT's validation set, one view (clip and crop) a video; report, Table 1
 REPORTED = {"r50_8f": 59.85, "r50_16f": 61.12, "r101_8f": 61.06}
 
 
@@ -231,7 +237,7 @@ def convert(checkpoint):
     - the TSN files of the same people and of tsn-pytorch: complete, as the shift has no weights
     - torchvision's ImageNet ResNets: the backbone alone
 
-    A file with any other key is a ValueError.
+    A file with any other key raises a ValueError.
     """
     # The tensors may be in a dict of their own, beside the optimiser's state and the epoch.
     tensors = checkpoint

@@ -25,8 +25,8 @@ import torchvision
 class TSN(nn.Module):
     """clip (B, T, 3, H, W), normalised -> logits (B, K).
 
-    segments (the paper's word) is T; a clip of another T is a ValueError. backbone is resnet18,
-    resnet50, resnet101, inception_resnet_v2 or senet154. dropout is a probability.
+    segments (the paper's word) is T; a clip of another length raises a ValueError. backbone is
+    resnet18, resnet50, resnet101, inception_resnet_v2 or senet154. dropout is a probability.
     """
 
     def __init__(self, num_classes, segments=5, backbone="resnet101", dropout=0.5):
@@ -48,7 +48,7 @@ class TSN(nn.Module):
         # the classifier
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(features, num_classes)
-        nn.init.normal_(self.fc.weight, std=0.001)  # logits start near 0; the authors' code
+        nn.init.normal_(self.fc.weight, std=0.001)  # logits start near 0, as in the authors' code
         nn.init.zeros_(self.fc.bias)
 
     def features(self, clip):
@@ -80,7 +80,7 @@ def build(recipe, num_classes):
 
 # The rows of the report's Table 1, and the toy. A row holds what build() needs, and what differs
 # from the settings in data.py, evaluate.py and train.py. In the comments, "report" means that the
-# report says so, and "ours" that it does not: our source or reason follows.
+# report says so. "ours" means that the report is silent; what we follow, or why, comes after it.
 RECIPES = {
     "r101_5f": dict(
         frames=5,  # T; report
@@ -108,7 +108,7 @@ RECIPES = {
     ),
 }
 
-# mAP in percent on the validation set, one view a video; report, Table 1
+# mAP in percent on M-MiT's validation set, one view (clip and crop) a video; report, Table 1
 REPORTED = {"r101_5f": 58.92, "inception_resnet_v2_5f": 57.45, "senet154_5f": 53.19}
 
 
@@ -157,7 +157,7 @@ def convert(checkpoint):
       moments_models, also around a backbone with timm's or Cadene's names: complete
     - the ImageNet files of torchvision, timm and Cadene: the backbone alone
 
-    A file with any other key is a ValueError.
+    A file with any other key raises a ValueError.
     """
     # The tensors may be in a dict of their own, beside the optimiser's state and the epoch.
     tensors = checkpoint

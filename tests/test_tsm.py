@@ -1,12 +1,15 @@
-"""TSM moves an eighth of the channels one frame earlier, an eighth one frame later.
+"""TSM moves an eighth of the channels one frame earlier and an eighth one frame later.
 
     python -m pytest tests/test_tsm.py
 
 The tests follow tsm.py from top to bottom. The shift: four frames by hand, a loop over frames and
 channels, gradients, memory layouts. The network: what a block does with the shifted frames, which
 blocks shift, and the logits of other people's code (that of TSM's authors and a later rewrite of
-it, mmaction2) from tests/golden. Then their weights' names. test_models.py has what is the same for
-all model files.
+it, mmaction2) from tests/golden. Then their weights' names. What is the same for all model files is
+in test_models.py.
+
+From conftest.py: close compares two tensors, fill draws all weights of a network at random, golden
+reads what other people's code answered.
 """
 import pytest
 import torch
@@ -36,7 +39,7 @@ def test_four_frames_by_hand():
     (1, 8),  # a single frame: its two shifted channels become 0
     (3, 7),  # an eighth of 7 is rounded down to 0: nothing is shifted
 ])
-def test_the_shift_is_a_loop_over_frames_and_channels(frames, channels):
+def test_the_shift_equals_a_loop_over_frames_and_channels(frames, channels):
     x = torch.randn(2, frames, channels, 3, 2)
     eighth = channels // 8
 
@@ -54,15 +57,17 @@ def test_the_shift_is_a_loop_over_frames_and_channels(frames, channels):
 
 
 def test_the_gradient_is_shifted_back():
-    """A value that went one frame later gets the gradient from there; a value that was pushed out
-    of the clip gets none."""
+    """The gradients of y are 10 20 30 40 in the four frames. Each value of x gets the gradient of
+    the frame that it went to. What was dropped gets 0, and the gradient of the zero that was filled
+    in is lost: 40 where the channel moved earlier, 10 where it moved later. The values of x do not
+    matter."""
     x = torch.zeros(1, 4, 8, 1, 1, requires_grad=True)
-    gradient_of_y = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1, 1).expand_as(x)
+    gradient_of_y = torch.tensor([10.0, 20.0, 30.0, 40.0]).view(1, 4, 1, 1, 1).expand_as(x)
     tsm.temporal_shift(x).backward(gradient_of_y)
     gradient = x.grad[0, :, :, 0, 0]  # (T, C)
-    assert gradient[:, 0].tolist() == [0, 1, 2, 3]  # this channel moved one frame earlier
-    assert gradient[:, 1].tolist() == [2, 3, 4, 0]  # this channel moved one frame later
-    assert gradient[:, 2].tolist() == [1, 2, 3, 4]
+    assert gradient[:, 0].tolist() == [0, 10, 20, 30]  # this channel moved one frame earlier
+    assert gradient[:, 1].tolist() == [20, 30, 40, 0]  # this channel moved one frame later
+    assert gradient[:, 2].tolist() == [10, 20, 30, 40]  # this channel stayed
 
 
 def test_gradients_are_those_of_finite_differences():
@@ -98,11 +103,11 @@ def test_only_the_main_path_of_a_block_gets_the_shifted_frames(depth):
     x = torch.randn(4, block.conv1.in_channels, 8, 8)
     moved = torch.randn_like(x)
 
-    # without a shift it is torchvision's own forward
+    # if both paths get x, it is torchvision's own block
     close(tsm.residual(block, x, x), block(x), 1e-6)
     assert not torch.allclose(tsm.residual(block, x, moved), block(x), rtol=0.1)
 
-    # If the main path ends in zeros, only the shortcut is left: here a convolution, which sees x.
+    # If the main path ends in zeros, only the shortcut is left: block.downsample, which sees x.
     last_norm = getattr(block, "bn3", block.bn2)
     last_norm.weight.zero_()
     last_norm.bias.zero_()
@@ -145,7 +150,8 @@ def test_shifting_in_no_block_is_refused():
 @pytest.mark.parametrize("name", golden_names("tsm"))
 @torch.no_grad()
 def test_logits_are_those_of_the_authors(name):
-    """For a clip, and for the same clip with its frames in another order."""
+    """For a clip, and for the same clip with its frames in another order: unlike TSN's, the logits
+    are then others."""
     case = golden(name)
     model = tsm.TSM(**case.options).eval()
     model.load_state_dict(tsm.convert(case.checkpoint))
@@ -162,7 +168,8 @@ def test_logits_are_those_of_the_authors(name):
     "backbone.layer3.5.conv1.conv.weight",
 ])
 def test_a_first_convolution_has_many_names(key):
-    """The shift itself has no weights."""
+    """Where a block shifts, other people's code wraps this convolution. That adds ".net" to its
+    name, and no weights."""
     assert tsm.our_name(key) == "backbone.layer3.5.conv1.weight"
 
 
