@@ -17,7 +17,7 @@ np.random.default_rng([seed, epoch, row]), so it depends on no worker and no ear
 
 N frames in a video, T frames in a clip, H height, W width, B clips, K classes. Frame indices count
 from 0: index i is the file img_(i + 1).jpg. In comments on settings "report" is the team's report
-(arXiv 2003.05837), and "ours" marks a choice of this project where the report is silent.
+(arXiv 2003.05837). "ours" means that the report is silent; what we follow, or why, comes after it.
 """
 import argparse
 import array

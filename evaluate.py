@@ -1,7 +1,7 @@
-"""Clips -> probabilities -> sample-level mAP -> scores.npz; or the labels of single videos.
+"""Clips -> probabilities -> scores.npz and the sample-level mAP; or the labels of single videos.
 
     python evaluate.py --checkpoint runs/tin/best.pt --data DATA --protocol dense --out scores.npz
-    torchrun --nproc-per-node 8 evaluate.py ...                    the same figures, sooner
+    torchrun --nproc-per-node 8 evaluate.py ...                    the same, by 8 processes
     python evaluate.py --model slowfast --weights PUBLIC.pth ...   other people's weights
     python evaluate.py --checkpoint runs/tin/best.pt --video FILE ... [--picture out.png]
 
@@ -9,8 +9,8 @@ A view is one clip of a video at one place and one scale. A video's score is the
 probabilities of its views. Each video is scored by exactly one process.
 
 N videos, K classes, B videos at once, V views of each, T frames, H height, W width. In comments on
-settings "report" is arXiv 2003.05837, "the authors" are its authors, and "ours" marks a choice of
-this project where the report is silent, followed by its reason or by whom it follows.
+settings "report" is arXiv 2003.05837 and "the authors" are its authors. "ours" means that the
+report is silent; what we follow, or why, comes after it.
 """
 import argparse
 import contextlib
@@ -36,7 +36,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 
-# How a video is scored. A model's recipe row overrides what differs.
+# How a video is scored: one of three pages of shared settings (the others are in data.py and
+# train.py). A row of RECIPES in a model file overrides what differs.
 RECIPE = dict(
     # protocol "clip": one view
     test_resize=256,  # short side in pixels; ours: the authors' code
@@ -63,14 +64,15 @@ WORDS = {
 # ---- the metric ------------------------------------------------------------------------------
 
 def average_precision(scores, labels):
-    """Average precision of each video over its classes: fractions (N,), from scores and 0/1 labels,
-    both (N, K).
+    """Average precision of each video over all K classes: fractions (N,), from scores and 0/1
+    labels, both (N, K).
 
-    AP is the mean, over the video's labels u, of
-    #{labels p: score p >= score u} / #{classes c: score c >= score u}.
-    Equal scores enter together: a class without the label that ties with u lowers the precision, a
-    label that ties raises it. A video without labels has AP 0, as in scikit-learn's
-    average_precision_score. Report: "mean Average Precision under sample level".
+    AP is the mean, over the labels u of the video, of
+    (labels that score at least as high as u) / (classes that score at least as high as u).
+    Equal scores count together, so the order of the classes does not matter: a class that ties with
+    u lowers the precision if it is no label of the video, and never does if it is one. A video
+    without labels has AP 0, as in scikit-learn's average_precision_score. Report: "mean Average
+    Precision under sample level".
     """
     scores = np.asarray(scores)
     labels = np.asarray(labels)
@@ -100,7 +102,8 @@ def sample_map(scores, labels):
 
 
 def hit_rates(scores, labels):
-    """How often the likeliest class, and one of the five likeliest, is a label of the video."""
+    """How often the likeliest class, and one of the five likeliest, is a label of the video. Of
+    classes with equal scores the first counts as the likeliest."""
     likeliest = np.argsort(-scores, axis=1, kind="stable")[:, :5]
     hits = np.take_along_axis(labels, likeliest, axis=1)
     return hits[:, 0].mean(), hits.any(axis=1).mean()
@@ -117,8 +120,8 @@ def print_metrics(scores, labels):
         print(f"{(~labelled).sum()} of {len(scores)} videos have no label and count as AP 0; "
               f"mAP of the others {100 * precision[labelled].mean():.2f}")
 
-    # Another metric: the average precision of each class over the videos. It is the same function
-    # with the roles exchanged: one row, whose columns are the videos.
+    # Another metric: the average precision over the videos, for each class that a video has. It is
+    # the same function with the roles exchanged: one row, whose columns are the videos.
     class_precision = []
     for k in np.flatnonzero(labels.any(axis=0)):
         class_scores = scores[:, k][None, :]  # (1, N)
@@ -133,8 +136,9 @@ def print_metrics(scores, labels):
 # ---- the views of a video --------------------------------------------------------------------
 
 def make_protocol(recipe, name="clip"):
-    """Which views a video is seen by. "clip": one; "dense": clips x crops at the first scale;
-    "multiscale": clips x crops at every scale (report). sizes: (short side, crop), in pixels."""
+    """Which views of a video are scored. "clip": one; "dense": clips x crops at the first scale;
+    "multiscale": clips x crops at every scale (report). The "sizes" in the result are [(short side,
+    crop), ...] in pixels, one pair a scale."""
     if name == "clip":
         sizes = [(recipe["test_resize"], recipe["test_crop"])]
         return {"name": name, "clips": 1, "crops": "1", "sizes": sizes}
@@ -153,13 +157,15 @@ def count_views(protocol):
 
 
 def crop_places(right, down, crops, rng):
-    """Top left corners [(x, y), ...] of the crops, given the room to the right and below."""
+    """Top left corners [(x, y), ...] of the crops. A crop in the frame's top left corner could move
+    `right` pixels to the right and `down` pixels down."""
     x = round(right / 2)  # rounded as in torchvision
     y = round(down / 2)
     if crops == "1":
         return [(x, y)]
     if crops == "random":
-        return [tuple(place) for place in rng.integers((right + 1, down + 1), size=(3, 2)).tolist()]
+        places = rng.integers((right + 1, down + 1), size=(3, 2))  # a row is (x, y)
+        return [tuple(place) for place in places.tolist()]
     if right >= down:
         return [(0, y), (right, y), (x, y)]
     return [(x, 0), (x, down), (x, y)]
@@ -169,8 +175,8 @@ def test_views(read, num_frames, name, recipe, protocol):
     """All views of a video: for each scale uint8 (V, T, crop, crop, 3).
 
     read: frame indices -> uint8 (n, h, w, 3); it is called once. What is random is seeded by the
-    video's name (its path in the list, or the name of the file), so that a score depends on nothing
-    else.
+    video's name (its path in the list, or the file's name without its ending), so every run draws
+    the same.
     """
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     length = recipe["frames"]
@@ -188,7 +194,7 @@ def test_views(read, num_frames, name, recipe, protocol):
             clips.append(data.clip_indices(num_frames, length, stride, start))
 
     # every frame is decoded and resized once, even if several clips share it
-    indices = np.unique(clips)
+    indices = np.unique(clips)  # in order, so searchsorted finds the row of a frame
     frames = read(indices)
     views = []
     for short, crop in protocol["sizes"]:
@@ -209,7 +215,7 @@ test_views.__test__ = False  # tells pytest that this is not a test
 def stack_views(items):
     """[(row, test_views), ...] -> rows (B,), and for each scale uint8 (B, V, T, H, W, 3)."""
     rows = torch.tensor([row for row, _ in items])
-    scales = zip(*[views for _, views in items])
+    scales = zip(*[views for _, views in items])  # for each scale, the views of all videos
     return rows, [torch.stack(views) for views in scales]
 
 
@@ -229,12 +235,13 @@ def score_views(model, views, recipe, device, view_batch=16, average="prob",
     """The scores (B, K) of videos whose views are, for each scale, uint8 (B, V, T, H, W, 3).
 
     Report: "class prediction probabilities are averaged". average "logit": the probability of the
-    mean logit instead. view_batch: views in one forward pass, which bounds the memory.
+    mean logit instead. view_batch: views in one forward pass, which bounds the memory. The network
+    gets them normalised, (views, T, 3, H, W).
     """
     total = 0
-    for clips in views:
-        videos, count = clips.shape[:2]
-        clips = clips.flatten(0, 1)  # a view is a clip like any other
+    for scale in views:
+        videos, count = scale.shape[:2]
+        clips = scale.flatten(0, 1)  # the views of all videos, one after another
         logits = []
         for part in clips.split(view_batch):
             part = part.to(device, non_blocking=True)
@@ -261,7 +268,8 @@ def predict(model, videos, num_classes, recipe, device, batch=8, workers=0, prog
 
     videos: a data set whose items are (row, test_views). batch: videos loaded at once.
     progress_name: what lines on progress call the videos; None: no such lines. options: those of
-    score_views. model: without DDP's wrapper, which would wait for processes with fewer videos.
+    score_views. model: without DDP's wrapper, in which processes wait for each other, although some
+    have fewer videos.
     """
     rank = 0
     world = 1
@@ -287,7 +295,7 @@ def predict(model, videos, num_classes, recipe, device, batch=8, workers=0, prog
             progress.update(done)
     model.train(was_training)
 
-    # Every row is non-zero in exactly one process, so the sum is exact.
+    # Each row was filled by one process and is zero in the others, so the sum is exact.
     if world > 1:
         dist.all_reduce(scores)
     return scores.cpu().numpy()
@@ -319,7 +327,7 @@ def save_scores(path, paths, scores, labels, meta):
 
 
 def check_output(path):
-    """Fail early: a ValueError, if the file could not be written when the work is done."""
+    """Raise a ValueError before the work if the file could not be written after it."""
     if Path(path).is_dir():
         raise ValueError(f"{path}: is a folder; name a file")
     if not os.access(Path(path).absolute().parent, os.W_OK):
@@ -344,7 +352,7 @@ def open_model(name, row=None, pages=(data.RECIPE, RECIPE)):
     if row not in module.RECIPES:
         raise ValueError(f"--recipe {row}: {name}.py has the rows {', '.join(module.RECIPES)}")
 
-    recipe = {"loss": "bce"}  # decides between sigmoid and softmax; pages may lack train.RECIPE
+    recipe = {"loss": "bce"}  # sigmoid or softmax? Only train.RECIPE has it, which evaluation lacks
     for page in pages:
         recipe = override(recipe, page)
     if row == "toy":
@@ -354,7 +362,7 @@ def open_model(name, row=None, pages=(data.RECIPE, RECIPE)):
 
 def override(recipe, values):
     """The recipe with other values. A run counts iterations, or epochs if iterations is 0, so
-    values that give one of the two clear the other."""
+    values with only one of the two clear the other."""
     recipe = {**recipe, **values}
     if "epochs" in values and "iterations" not in values:
         recipe["iterations"] = 0
@@ -373,7 +381,7 @@ def add_recipe_flags(parser, recipe):
         elif isinstance(value, (tuple, list)):
             options["type"] = type(value[0])
             options["nargs"] = "+"
-        elif value is None:  # a number that the network chooses by itself, such as SlowFast's alpha
+        elif value is None:  # SlowFast's alpha: the network chooses a number if none is given
             options["type"] = int
         else:
             options["type"] = type(value)
@@ -385,7 +393,7 @@ AT_LEAST_ONE = ["frames", "stride", "crop", "jitter", "batch", "reference_batch"
 
 
 def check_recipe(recipe):
-    """ValueError with the flag, if a value cannot be used."""
+    """Raise a ValueError that names the flag if a value cannot be used."""
     for key, value in recipe.items():
         flag = f"--{key.replace('_', '-')}"
         values = [value]
@@ -437,19 +445,19 @@ def read_checkpoint(path):
 
 
 def convert(module, checkpoint, path):
-    """The tensors of a checkpoint, as read, in our names. The module's convert gets {"model":
-    tensors} whatever the container was called, without the prefixes of DDP and torch.compile, so
-    that a new model file need not know any of these."""
+    """The tensors of a checkpoint that read_checkpoint has read, with our names. The tensors may
+    stand in a container, and their names may have prefixes of DDP and torch.compile. A new model
+    file need not know these: its convert always gets {"model": tensors}, without prefixes."""
     tensors = checkpoint
     for container in ("state_dict", "model", "model_state", "model_state_dict", "net"):
         if isinstance(checkpoint.get(container), dict):
             tensors = checkpoint[container]
             break
-    cleaned = {"model": strip_prefixes(tensors)}
+    content = {"model": strip_prefixes(tensors)}
     if "blobs" in checkpoint:  # PySlowFast's Caffe2 arrays have a container of their own
-        cleaned = checkpoint
+        content = checkpoint
     try:
-        return module.convert(cleaned)
+        return module.convert(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -466,7 +474,7 @@ def load_weights(module, recipe, checkpoint, path):
     load is strict; ValueError with what does not fit."""
     state = convert(module, checkpoint, path)
 
-    num_classes = 1  # if the file has no classifier, which is reported below
+    num_classes = 1  # any number will do if the file has no classifier, which is an error below
     for key in classifier_keys(module, recipe):
         if key in state:
             num_classes = len(state[key])
@@ -493,8 +501,8 @@ def classifier_keys(module, recipe):
 
 
 def misfits(theirs, ours):
-    """{key: what is wrong}, for every key that one of two state dicts lacks or that has different
-    shapes in them."""
+    """{key: what is wrong} for every key that one of two state dicts lacks, or whose tensors have
+    different shapes."""
     problems = {}
     for key in {**ours, **theirs}:
         if key not in theirs:
@@ -532,10 +540,10 @@ def start_process(device=None):
         backend = "cpu:gloo,cuda:nccl"
     if world > 1:
         # When torchrun has restarted the processes, its store still holds the addresses of the dead
-        # ones. A prefix for each start hides them. On several nodes the starts are counted
-        # differently, so there this cannot help; README.md says what does.
+        # ones. A prefix for each start hides them. Each node counts its own starts, so this works
+        # on one node only; README.md says what helps on several.
         store, _, _ = next(dist.rendezvous("env://"))
-        if world == int(os.environ.get("LOCAL_WORLD_SIZE", world)):
+        if world == int(os.environ.get("LOCAL_WORLD_SIZE", world)):  # one node
             start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(f"start {start}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
@@ -559,8 +567,8 @@ def toy_folder(rank):
 
 
 def make_autocast(device, amp):
-    """--amp -> the context in which the network runs. In half precision matrix products and
-    convolutions are faster; weights stay float32."""
+    """The context in which the network runs, for a value of --amp. In half precision, matrix
+    products and convolutions are faster; weights stay float32."""
     dtypes = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     return torch.autocast(device.type, dtype=dtypes[amp], enabled=amp != "off")
 
@@ -661,8 +669,8 @@ def stack_pictures(pictures):
 
 def parse_arguments():
     """Read the command line and the checkpoint -> (args, module, recipe, checkpoint, path, config).
-    The recipe is the checkpoint's, or, for other people's weights, a row of the model file, with
-    the values that were given as flags."""
+    The recipe is a row of the model file, overridden by the recipe in a checkpoint of train.py and
+    then by flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -14,8 +14,8 @@ epoch, row), the order of an epoch from (seed, epoch). So a checkpoint holds no 
 and a run that is resumed by the same command equals the uninterrupted one, on a CPU bit for bit.
 
 B clips, T frames, H height, W width, K classes. A step is one update of the weights. In comments on
-settings "report" is arXiv 2003.05837, "the authors" are its authors, and "ours" marks a choice of
-this project where the report is silent, followed by its reason or by whom it follows.
+settings "report" is arXiv 2003.05837 and "the authors" are its authors. "ours" means that the
+report is silent; what we follow, or why, comes after it.
 """
 import argparse
 import datetime
