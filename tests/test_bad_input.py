@@ -145,7 +145,7 @@ TABLE = {
         ("--checkpoint cut.pt", "cut.pt: not a PyTorch checkpoint, or truncated"),
         ("--checkpoint tensor.pt", "tensor.pt: not a PyTorch checkpoint"),
         ("--checkpoint val.npz", "val.npz: not a PyTorch checkpoint"),
-        ("--checkpoint plain.pt", "plain.pt: not a checkpoint of train.py"),
+        ("--checkpoint plain.pt", "for other people's files: --model NAME --weights plain.pt"),
         ("--data gone", "gone/categories.txt: missing; write the names of the classes there"),
         ("--data no-val", "no-val/val.txt: missing; python data.py extract --out no-val --split"),
         ("--data lost", "lost/val.txt:1: lost/frames/train/gone/img_"),
