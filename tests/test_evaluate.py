@@ -1,15 +1,15 @@
 """The metric is scikit-learn's sample-level mAP, ties included. The views of a video are the
-report's. The scores are those of a loop that runs one view at a time, for any batch and any number
-of processes. Other people's files are read, or refused in one line. A video gets its labels.
+report's. The scores are those of a loop that runs one view at a time, whatever the batch and the
+number of processes. Other people's files are read, or refused in one line. A video file is labelled
+as it would be in a list.
 
     python -m pytest tests/test_evaluate.py
 
 The tests follow evaluate.py from top to bottom. A network of two layers (TINY in conftest.py)
-stands for the five, since a model file beside the scripts is all that a new model takes. Other bad
-input is in test_bad_input.py.
+stands for the five model files. Other bad input is in test_bad_input.py.
 
-tests/golden/metrics.npz has what scikit-learn and two other programs answer: X-Temporal, which is
-the code of the challenge's winners, and mmaction2, a collection of networks by other people.
+tests/golden/metrics.npz holds the answers of scikit-learn and of two other programs: X-Temporal,
+the code of the challenge's winners, and mmaction2, a collection of networks by OpenMMLab.
 """
 import argparse
 import copy
@@ -51,16 +51,16 @@ def precision_of(scores, labels):
 def test_average_precision_of_three_classes():
     """Classes 0 and 2 are the labels, and the scores rank the classes 0, 1, 2.
 
-    Down to class 0, 1 of 1 class is a label; down to class 2, 2 of 3 are. AP is the mean of the
-    two.
+    Down to class 0, one class of one is a label; down to class 2, two of three are. AP is the mean
+    of these two fractions.
     """
     assert precision_of([0.9, 0.5, 0.1], [1, 0, 1]) == (1 / 1 + 2 / 3) / 2
 
 
 def test_a_class_that_ties_with_a_label_counts_as_ranked_above_it():
     """Class 0, the label, and class 1 have equal scores. If class 1 is no label, this costs half
-    the precision: down to class 0, 1 of 2 classes is a label. If class 1 is a label too, it costs
-    nothing: 2 of 2 are."""
+    the precision: of the two classes down to here, one is a label. If class 1 is a label too, it
+    costs nothing: both are."""
     assert precision_of([0.5, 0.5, 0.1], [1, 0, 0]) == 1 / 2
     assert precision_of([0.5, 0.5, 0.1], [1, 1, 0]) == (2 / 2 + 2 / 2) / 2
 
@@ -96,7 +96,7 @@ def looped_precision(scores, labels):
 
 
 @pytest.mark.parametrize("levels", [3, 10**9])
-def test_average_precision_is_the_loop(levels):
+def test_average_precision_equals_the_loop(levels):
     """With three different scores nearly all of them tie, with 10^9 none."""
     rng = np.random.default_rng(levels)
     scores = rng.integers(levels, size=(40, 11)) / levels
@@ -109,7 +109,7 @@ def test_average_precision_is_the_loop(levels):
 
 @pytest.mark.parametrize("case", range(int(METRICS["n"])))
 def test_the_metric_is_that_of_scikit_learn_and_of_the_winners_code(case):
-    """And mmaction2's, but for a video without labels, which has NaN there."""
+    """mmaction2's is the same, except for a video without labels, which has NaN there."""
     scores = METRICS[f"scores_{case}"]
     labels = METRICS[f"labels_{case}"]
     ours = evaluate.average_precision(scores, labels)
@@ -171,8 +171,8 @@ def test_the_printed_figures_by_hand(capsys):
     ("slowfast", "r101_8x8", (128, 112), 10, [128, 144, 160]),
 ])
 def test_protocols_are_the_reports(model, row, one_view, clips, sides):
-    """A size is a frame's short side and a crop's. Of dense views the two are equal: three crops
-    along the long side then cover the whole frame."""
+    """A size is (short side of the frame, side of the crop). In dense views both are equal: three
+    crops along the long side then cover the whole frame."""
     _, recipe = evaluate.open_model(model, row)
     clip = evaluate.make_protocol(recipe)
     dense = evaluate.make_protocol(recipe, "dense")
@@ -254,12 +254,13 @@ def test_the_views_of_a_video_of_forty_frames():
         for x in (0, 4, 2):
             expected.append((clip, x, 0))
     assert described(views[0]) == expected
+    # in the smaller scale too; a frame is red all over, so any pixel tells its index
     assert views[1][:, :, 6, 6, 0].tolist() == [clip for clip, x, y in expected]
 
 
 def test_ten_clips_are_spread_over_a_video_of_three_seconds():
-    """SlowFast 8x8 sees 32 frames, 2 apart: 64 of 90, so the last clip starts at frame 26. Frames
-    that several clips share are decoded once."""
+    """A clip of SlowFast 8x8, 32 frames that are 2 apart, takes 64 of the 90 frames, so the last
+    clip starts at frame 26. Frames that several clips share are decoded once."""
     video = Frames()
     [views] = views_of(video, 90, "dense", sampling="clip", frames=32, stride=2, clips=10)
     expected = []
@@ -293,7 +294,7 @@ def corner(clip):
     return clip[:, 0, :2, 0, 0]
 
 
-# With these colours a normalised pixel is what it was before: 0 to 255.
+# With this mean and std a normalised pixel is what it was before, 0 to 255.
 PLAIN = dict(mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255), loss="bce")
 
 
@@ -313,7 +314,7 @@ def one_pixel_views(*logits):
 ])
 def test_two_views_by_hand(loss, average, expected):
     """One view has the logits (0, 2), the other (0, 0), in one scale or in two. After training by
-    cross-entropy (ce) the classes exclude each other: they sum to 1."""
+    cross-entropy (ce) the classes exclude each other: their probabilities sum to 1."""
     recipe = {**PLAIN, "loss": loss}
     one_scale = [one_pixel_views((0, 2), (0, 0))]
     two_scales = [one_pixel_views((0, 2)), one_pixel_views((0, 0))]
@@ -547,7 +548,7 @@ def test_a_recipe_is_the_shared_pages_and_a_row():
     assert recipe == {"loss": "bce", **data.RECIPE, **evaluate.RECIPE, **tin.RECIPES["r101_16f"]}
     assert evaluate.open_model("tin")[1] == evaluate.open_model("tin", "r50_8f")[1]
 
-    # What belongs to the toy comes before the row: SlowFast's has views of its own.
+    # data.TOY comes before the row: SlowFast's row has views of its own
     _, recipe = evaluate.open_model("tin", "toy")
     assert (recipe["crop"], recipe["clips"], recipe["scales"]) == (32, 5, (32,))
     _, recipe = evaluate.open_model("slowfast", "toy")
@@ -555,7 +556,7 @@ def test_a_recipe_is_the_shared_pages_and_a_row():
 
 
 def test_epochs_and_iterations_clear_each_other():
-    """A run counts one of them: SlowFast's rows iterations, the page of train.py epochs."""
+    """A run counts one of the two: SlowFast's rows give iterations, train.RECIPE gives epochs."""
     pages = (data.RECIPE, evaluate.RECIPE, train.RECIPE)
     _, recipe = evaluate.open_model("slowfast", "r101_8x8", pages)
     assert (recipe["iterations"], recipe["epochs"]) == (180000, 0)
@@ -644,7 +645,7 @@ def test_the_file_knows_the_number_of_classes(lab):
     assert num_classes == 1
 
 
-def test_weights_that_do_not_fit_are_told_with_both_shapes(lab):
+def test_weights_that_do_not_fit_are_named_with_both_shapes(lab):
     state = dict(lab.model.state_dict())
     state["conv.weight"] = torch.zeros(8, 3, 5, 5)
     del state["norm.weight"]
@@ -679,7 +680,7 @@ def test_channels_last_moves_weights_and_keeps_their_values(layer, layout):
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Two whole videos of a second, one that was cut short, and one that is none."""
+    """Two whole videos of a second, one that was cut short, and a file that is no video."""
     folder = tmp_path_factory.mktemp("clips")
     for name, size in (("landscape", "64x48"), ("portrait", "48x64"), ("cut", "64x48")):
         source = f"testsrc2=size={size}:rate=30:duration=1"
@@ -742,8 +743,8 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_others(lab, run, clips):
 
 @needs_ffmpeg
 def test_a_picture_shows_the_middle_clip_in_its_own_shape(lab, run, clips):
-    """Frames are 128 pixels high and 4 apart: of 426x320 and 320x426 pixels they become 170 and 96
-    wide."""
+    """Decoded frames have 426x320 or 320x426 pixels. In the picture they are 128 high, so 170 or 96
+    wide, and 4 apart."""
     files = [clips / "landscape.mp4", clips / "portrait.mp4"]
     run("--checkpoint", lab.checkpoint, "--picture", "out.png", "--top", 1, "--video", *files)
     picture = Image.open("out.png")
