@@ -238,22 +238,35 @@ def draws(values):
     return SimpleNamespace(random=lambda size: np.broadcast_to(values, size))
 
 
-@pytest.mark.parametrize("num_frames, first, last", [
-    (90, [0, 18, 36, 54, 72], [17, 35, 53, 71, 89]),
-    (92, [0, 18, 36, 55, 73], [18, 36, 55, 73, 91]),  # parts of 18.4 frames
-    (3, [0, 0, 1, 1, 2], [0, 1, 1, 2, 2])])
-def test_random_frames_lie_anywhere_in_their_part(num_frames, first, last):
-    """The authors' code never draws the last frames: 10 of 90 with 16 segments."""
-    rng = draws([0.0, 0.2, 0.4, 0.6, 0.8])  # a place in each part, of 18 frames
-    assert data.segment_indices(90, 5, rng).tolist() == [0, 21, 43, 64, 86]
-    assert data.segment_indices(num_frames, 5, draws(0.0)).tolist() == first
-    assert data.segment_indices(num_frames, 5, draws(1 - 1e-9)).tolist() == last
+def test_random_frames_lie_anywhere_in_their_part():
+    def indices(num_frames, *places):
+        """Where in its part each of five frames is drawn: 0 is the beginning, 1 the end."""
+        return data.segment_indices(num_frames, 5, draws(places)).tolist()
+
+    # 90 frames are five parts of 18
+    assert indices(90, 0.0, 0.2, 0.4, 0.6, 0.8) == [0, 21, 43, 64, 86]
+    assert indices(90, 0) == [0, 18, 36, 54, 72]
+    assert indices(90, 1 - 1e-9) == [17, 35, 53, 71, 89]
+
+    # 92 frames are five parts of 18.4; of 3 frames, some stand in two parts
+    assert indices(92, 0) == [0, 18, 36, 55, 73]
+    assert indices(92, 1 - 1e-9) == [18, 36, 55, 73, 91]
+    assert indices(3, 0) == [0, 0, 1, 1, 2]
+    assert indices(3, 1 - 1e-9) == [0, 1, 1, 2, 2]
+
     # 4 + the largest number below 1 is rounded up to 5, which would lie behind the last frame
-    assert data.segment_indices(num_frames, 5, draws(np.nextafter(1, 0)))[-1] == num_frames - 1
+    assert indices(90, np.nextafter(1, 0))[-1] == 89
+
+
+def test_every_frame_is_drawn_and_always_in_order():
+    """The authors' code never draws the last 10 of 90 frames."""
     rng = np.random.default_rng(0)
-    drawn = [data.segment_indices(num_frames, 16, rng).tolist() for _ in range(2000)]
-    assert all(indices == sorted(indices) for indices in drawn)
-    assert set(itertools.chain(*drawn)) == set(range(num_frames))
+    drawn = set()
+    for _ in range(2000):
+        indices = data.segment_indices(90, 16, rng).tolist()
+        assert indices == sorted(indices)
+        drawn.update(indices)
+    assert drawn == set(range(90))
 
 
 def test_a_clip_that_reaches_the_end_starts_again():
@@ -616,15 +629,15 @@ def test_a_broken_video_is_named_with_its_list_line(tmp_path, name, kind, packed
     damage(folder / "frames" / "q" / name, kind)
     if packed:
         pack(folder / "frames")
-    for train in (True, False):
-        videos = data.VideoList(folder, "train", SEGMENTS, train)
-        assert (videos[0][2], videos[2][2]) == (0, 2)
-        with pytest.raises(OSError) as error:
-            videos[1]
-        message = str(error.value)  # the empty line counts
-        assert message.startswith(f"{folder / 'train.txt'}:3: {folder / 'frames' / 'q' / 'r'}")
-        assert "img_00003.jpg: " in message or name == "r.zip"
-        assert len(message.splitlines()) == 1 and " at 0x" not in message
+    videos = data.VideoList(folder, "train", SEGMENTS, train=False)
+    assert (videos[0][2], videos[2][2]) == (0, 2)
+    with pytest.raises(OSError) as error:
+        videos[1]
+    message = str(error.value)  # the empty line counts
+    assert message.startswith(f"{folder / 'train.txt'}:3: {folder / 'frames' / 'q' / 'r'}")
+    assert "img_00003.jpg: " in message or name == "r.zip"
+    assert len(message.splitlines()) == 1
+    assert " at 0x" not in message
 
 
 def test_a_broken_frame_in_a_worker_is_one_line_and_status_2(tmp_path, monkeypatch, capsys):
@@ -639,25 +652,32 @@ def test_a_broken_frame_in_a_worker_is_one_line_and_status_2(tmp_path, monkeypat
 
 
 def test_skip_broken_takes_the_next_row_at_most_ten_rows_on_and_says_so(tmp_path, capsys):
+    """In every epoch. Of 13 videos only number 11 is there."""
     folder = data_folder(tmp_path, [f"v{row} 3 {row % 3}" for row in range(13)])
     for row in [*range(11), 12]:
         shutil.rmtree(folder / "frames" / f"v{row}")
     strict = data.VideoList(folder, "train", SEGMENTS, train=True)
     videos = data.VideoList(folder, "train", SEGMENTS, train=True, skip_broken=True)
     for epoch in (0, 3):
-        clip, labels, row = videos[13 * epoch + 1]  # rows 1 to 10 are broken
+        clip, labels, row = videos[13 * epoch + 1]
         expected = strict[13 * epoch + 11]
         assert row == 11
-        assert torch.equal(clip, expected[0]) and torch.equal(labels, expected[1])
+        assert torch.equal(clip, expected[0])
+        assert torch.equal(labels, expected[1])
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 * 10
     assert lines[0].startswith(f"{folder / 'train.txt'}:2: ")
     assert lines[0].endswith("skipped, the next video is taken")
 
+    # from video 0, number 11 is too far
     with pytest.raises(OSError, match="train.txt:11: "):
-        videos[0]  # rows 0 to 10
-    write_frames(folder / "frames" / "v1", noise(1, 3, 36, 40, 3))
-    assert videos[12][2] == 1  # after the last row comes the first
+        videos[0]
+
+    # after the last row comes the first
+    write_frames(folder / "frames" / "v0", noise(0, 3, 36, 40, 3))
+    assert videos[12][2] == 0
+
+    # evaluation skips nothing
     evaluation = data.VideoList(folder, "train", SEGMENTS, train=False, skip_broken=True)
     with pytest.raises(OSError, match="train.txt:11: "):
         evaluation[10]
