@@ -338,8 +338,10 @@ def test_the_multiscale_crop_stays_inside_any_frame():
     for _ in range(3000):
         width, height = rng.integers(2, 500, 2)
         x, y, w, h = data.multiscale_box(width, height, rng.integers(1, 300), rng)
-        assert min(x, y) >= 0 and min(w, h) >= 1
-        assert x + w <= width and y + h <= height
+        assert min(x, y) >= 0
+        assert min(w, h) >= 1
+        assert x + w <= width
+        assert y + h <= height
 
 
 @pytest.mark.parametrize("width, height", [(320, 426), (568, 321)])
@@ -351,7 +353,8 @@ def test_resizing_is_pillows_bilinear_filter_with_torchvisions_size(width, heigh
         for size in (112, 128, 160, 256, (224, 224)):  # a number is the short side
             theirs = np.asarray(vision.resize(Image.fromarray(frame), size)).astype(int)
             ours = data.resize(torch.from_numpy(frame)[None], size)[0]
-            assert ours.dtype == torch.uint8 and ours.shape == theirs.shape
+            assert ours.dtype == torch.uint8
+            assert ours.shape == theirs.shape
             assert abs(ours.numpy() - theirs).max() <= 1
             assert abs(ours.numpy() - theirs).mean() < 0.3
 
@@ -410,7 +413,8 @@ def test_a_training_clip_is_one_crop_and_one_flip_of_all_frames(
     for draw in range(draws):
         rng = np.random.default_rng([7, draw])
         clip = data.make_clip(tmp_path, [2, 0], recipe, rng)
-        assert clip.dtype == torch.uint8 and clip.is_contiguous()
+        assert clip.dtype == torch.uint8
+        assert clip.is_contiguous()
         seen.append(match(clip, keys, clips))
     assert 0.4 * draws < sum(flipped for _, flipped in seen) < 0.6 * draws
     recipe["flip"] = False
@@ -457,7 +461,8 @@ def test_the_evaluation_view_is_torchvisions_resize_and_centre_crop(tmp_path, wi
     write_frames(tmp_path, frames)
     for short, crop in ((256, 224), (128, 112)):
         clip = data.make_clip(tmp_path, [1, 0], {"test_resize": short, "test_crop": crop})
-        assert clip.shape == (2, crop, crop, 3) and clip.is_contiguous()
+        assert clip.shape == (2, crop, crop, 3)
+        assert clip.is_contiguous()
         for ours, frame in zip(clip.numpy().astype(int), frames[::-1]):
             theirs = vision.center_crop(vision.resize(Image.fromarray(frame), short), crop)
             assert abs(ours - np.asarray(theirs)).max() <= 1
@@ -468,7 +473,8 @@ def test_normalising_is_done_by_channel_and_moves_the_channels_forward(channels_
     clips = torch.from_numpy(noise(0, 2, 3, 4, 5, 3))
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     result = data.normalise(clips, mean, std, channels_last)
-    assert result.shape == (2, 3, 3, 4, 5) and result.dtype == torch.float32
+    assert result.shape == (2, 3, 3, 4, 5)
+    assert result.dtype == torch.float32
     for c in range(3):
         expected = (clips[..., c].double() / 255 - mean[c]) / std[c]
         assert (result[:, :, c] - expected).abs().max() < 1e-6
@@ -520,8 +526,10 @@ def test_an_item_is_a_clip_its_labels_and_its_row(tmp_path):
     videos = data.VideoList(folder, "train", SEGMENTS, train=False)
     assert len(videos) == 2
     clip, labels, row = videos[0]
-    assert clip.shape == (8, 32, 32, 3) and clip.dtype == torch.uint8
-    assert labels.tolist() == [1, 0, 1] and labels.dtype == torch.float32
+    assert clip.shape == (8, 32, 32, 3)
+    assert clip.dtype == torch.uint8
+    assert labels.tolist() == [1, 0, 1]
+    assert labels.dtype == torch.float32
     assert row == 0
     clip, labels, row = videos[1]
     assert (clip == clip[0]).all()  # its one frame, eight times
@@ -735,7 +743,8 @@ def default_labels(rows):
 def test_the_toy_has_the_form_of_real_data(toy):
     train = listed(toy, "train")
     val = listed(toy, "val")
-    assert len(train) == 40 and len(val) == 10
+    assert len(train) == 40
+    assert len(val) == 10
     expected = {"categories.txt", "train.txt", "val.txt"}
     first_frames = set()
     for path in [*train, *val]:
@@ -1118,7 +1127,8 @@ def test_a_foreign_list_is_written_in_our_form_and_its_order(videos, tmp_path, c
                 tmp_path / "data", "--split", "test", "--format", "mmaction2-videos") == 0
     assert "1 repeated lines merged" in capsys.readouterr().err
     first, *others = (tmp_path / "data" / "test.txt").read_text().splitlines()
-    assert first.startswith("slow 2") and first.endswith(" 7,264")
+    assert first.startswith("slow 2")
+    assert first.endswith(" 7,264")
     assert others == ["odd 4 2,8", "two words 7 1 -1", "café 2 4,1"]
     assert list(failures(tmp_path / "data", "test")) == ["absent", "text"]
     assert failures(tmp_path / "data", "test")["absent"] == "no such video"
@@ -1222,7 +1232,8 @@ def test_check_names_a_broken_frame_by_its_line(sound_folder, capsys, name, kind
     if packed:
         pack(sound_folder / "frames")
     status, (line, total) = check(sound_folder, capsys)
-    assert status == 2 and total == "1 problems"
+    assert status == 2
+    assert total == "1 problems"
     assert line.startswith(f"{sound_folder / 'train.txt'}:3: q/r: ")
     assert reason in line
 

@@ -126,8 +126,10 @@ ALL_OF_VIDEO_7[7] = 1  # every class
 def test_a_file_that_does_not_fit_is_refused(run, second, message):
     write("b.npz", **{"scores": MODELS[1], **second})
     status, lines, [error] = run("a.npz", "b.npz")
-    assert status == 2 and lines == []
-    assert "b.npz" in error and message in error
+    assert status == 2
+    assert lines == []
+    assert "b.npz" in error
+    assert message in error
 
 
 def test_names_are_compared_where_both_files_hold_them(run):
@@ -274,7 +276,8 @@ def test_fit_prints_and_writes_what_the_definition_says(run):
 def test_the_result_is_itself_a_score_file(run):
     """The mean of two models counts twice beside a third: that is the mean of the three."""
     first = run("a.npz", "b.npz", "--out", "pair")
-    assert first == run("pair") and first[0] == 0
+    assert first == run("pair")
+    assert first[0] == 0
     assert run("pair", "c.npz", "--weights", 2, 1)[1] == run(*FILES)[1]
 
     file = np.load("pair")

@@ -167,8 +167,11 @@ def test_dropout_is_drawn_in_training_alone(name):
     module = importlib.import_module(name)
     model = fill(module.build({**module.RECIPES["toy"], "dropout": 0.25}, 10))
     seen = []
-    model.dropout.register_forward_hook(lambda part, inputs, output: seen.append((*inputs, output)))
 
+    def remember(dropout, inputs, output):
+        seen.append((inputs[0], output))
+
+    model.dropout.register_forward_hook(remember)
     clip = toy_clip(name, videos=2)
     torch.manual_seed(0)
     model.eval()(clip)
@@ -236,10 +239,17 @@ def test_channels_last_goes_through_to_the_end(name):
     """
     model = copy.deepcopy(toy(name)).to(memory_format=torch.channels_last)
     seen = []
+
+    def remember_map(conv, inputs):
+        seen.append(inputs[0])
+
+    def remember_gradient(conv, gradients_in, gradients_out):
+        seen.append(gradients_out[0])
+
     for key, part in model.backbone.named_modules():
         if isinstance(part, nn.Conv2d) and key != "conv1":  # the first gets the plain clip
-            part.register_forward_pre_hook(lambda part, inputs: seen.append(inputs[0]))
-            part.register_full_backward_hook(lambda part, inputs, outputs: seen.append(outputs[0]))
+            part.register_forward_pre_hook(remember_map)
+            part.register_full_backward_hook(remember_gradient)
 
     clip = toy_clip(name, videos=2)
     logits = model(clip)
@@ -308,7 +318,8 @@ def test_torchvisions_file_gives_the_backbone_alone(name):
     assert len(state) == len(file)
     for key, tensor in file.items():
         converted = state[f"backbone.{key}"]
-        assert torch.equal(converted, tensor) and converted.dtype == tensor.dtype
+        assert torch.equal(converted, tensor)
+        assert converted.dtype == tensor.dtype
 
 
 @pytest.mark.parametrize("name", NAMES)
