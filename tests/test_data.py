@@ -991,6 +991,7 @@ def test_packed_frames_are_the_same(videos, extracted, tmp_path):
             assert archive.namelist() == sorted(frames)
             for info in archive.infolist():
                 assert info.compress_type == zipfile.ZIP_STORED
+                assert info.date_time == (1980, 1, 1, 0, 0, 0)  # so that bytes do not change
                 assert archive.read(info) == frames[info.filename]
 
     write(tmp_path / "categories.txt", "a\n")
@@ -1020,6 +1021,7 @@ def test_a_second_run_keeps_what_is_whole_and_writes_its_lists_anew(tmp_path, mo
     write_frames(frames / "b", noise(2, 4, 4, 4, 3))
     pack(frames)
     write_frames(frames / "a", noise(1, 3, 4, 4, 3))
+    write(frames / "a" / "notes.txt", "not a frame, and not counted\n")
     kept = contents(frames)
     write(frames / "c.zip", (frames / "b.zip").read_bytes()[:-30])
     (frames / "d").mkdir()
@@ -1057,6 +1059,13 @@ def test_a_short_video_of_a_stopped_ffmpeg_does_not_count_as_whole(tmp_path, fak
     assert data.extract(tmp_path / "videos", tmp_path / "data", "train", workers=1) == (2, 1)
     assert "ffmpeg was stopped" in failures(tmp_path / "data")["b"]
     assert sorted(os.listdir(tmp_path / "data" / "frames")) == ["a", "c"]
+
+
+def test_what_a_failing_ffmpeg_has_decoded_is_kept_and_its_status_is_said(
+        tmp_path, fake_ffmpeg, capsys):
+    fake_ffmpeg("exit 1;;")
+    assert data.extract(tmp_path / "videos", tmp_path / "data", "train", workers=1) == (3, 0)
+    assert "b.mp4: 1 frames kept; ffmpeg: status 1\n" in capsys.readouterr().err
 
 
 def test_a_full_disk_stops_the_extraction(tmp_path, fake_ffmpeg):
@@ -1140,11 +1149,13 @@ def read_labels(folder, text):
 
 
 def test_class_names_of_a_csv_become_ids(tmp_path):
-    text = 'a.mp4,running\nb.mp4,"cooking, slowly",running\nc.mp4,-1\na.mp4,"cooking, slowly"\n'
+    """In the order of the alphabet, or of the categories.txt that is there."""
+    text = ('a.mp4,running\nb.mp4,"cooking, slowly",running\nc.mp4,-1\nd.mp4,walking\n'
+            'a.mp4,walking\n')
     assert read_labels(tmp_path, text) == (
-        [[1, 0], [0, 1], []], ["cooking, slowly", "running"])  # sorted
+        [[1, 2], [0, 1], [], [2]], ["cooking, slowly", "running", "walking"])
     write(tmp_path / "categories.txt", "running\nwalking\ncooking, slowly\n")
-    assert read_labels(tmp_path, text) == ([[0, 2], [2, 0], []], None)
+    assert read_labels(tmp_path, text) == ([[0, 1], [2, 0], [], [1]], None)
     assert read_labels(tmp_path, "a.mp4,2\n") == ([[2]], None)
 
 

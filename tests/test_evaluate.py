@@ -898,6 +898,8 @@ def test_the_toy_is_drawn_once_where_no_data_is_named(lab, run, monkeypatch):
         shutil.copytree(lab.toy, out)
 
     monkeypatch.setattr(data, "draw_toy", draw_toy)
+    evaluate.toy_folder(rank=1)  # of several processes the first draws it
+    assert drawn == []
     for _ in range(2):
         status, _, err = run("--checkpoint", lab.checkpoint, "--workers", 0)
         assert status == 0, err
