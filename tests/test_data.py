@@ -454,7 +454,7 @@ def test_draft_mode_decodes_jpegs_at_half_their_size(tmp_path):
         assert torch.equal(clip("jpeg", draw, **large), clip("jpeg", draw, draft=False, **large))
 
 
-@pytest.mark.parametrize("width, height", [(320, 426), (341, 256), (343, 256)])
+@pytest.mark.parametrize("width, height", [(341, 256), (343, 256), (256, 343)])
 def test_the_evaluation_view_is_torchvisions_resize_and_centre_crop(tmp_path, width, height):
     """Offsets of 58.5 and 59.5 are both rounded to the even number."""
     frames = noise(0, 2, height, width, 3)
@@ -523,6 +523,8 @@ def packed_toy(toy):
 
 def test_an_item_is_a_clip_its_labels_and_its_row(tmp_path):
     folder = data_folder(tmp_path, ["p 3 0,2", "q 1 -1"])
+    for number in (2, 3):
+        (folder / "frames" / "q" / f"img_0000{number}.jpg").unlink()
     videos = data.VideoList(folder, "train", SEGMENTS, train=False)
     assert len(videos) == 2
     clip, labels, row = videos[0]
@@ -659,6 +661,16 @@ def test_a_broken_frame_in_a_worker_is_one_line_and_status_2(tmp_path, monkeypat
     assert line.startswith(f"data.py: {folder / 'train.txt'}:2: ")
 
 
+def test_the_end_of_another_process_is_one_line(monkeypatch, capsys):
+    def main():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+
+    monkeypatch.setattr(data, "main", main)
+    assert call("data") == 2
+    assert capsys.readouterr().err == (
+        "data.py: another process has ended; its own line says why\n")
+
+
 def test_skip_broken_takes_the_next_row_at_most_ten_rows_on_and_says_so(tmp_path, capsys):
     """In every epoch. Of 13 videos only number 11 is there."""
     folder = data_folder(tmp_path, [f"v{row} 3 {row % 3}" for row in range(13)])
@@ -767,12 +779,18 @@ def test_the_labels_of_a_toy_video_are_what_moves():
         overlap = np.fft.ifft2(spectrum[3:] * spectrum[:-3].conj()).real.sum(0)
         down, right = np.unravel_index(overlap.argmax(), overlap.shape)
 
+        # the ends of 36 rows and of 40 columns are joined: row 35 is one row up
+        if down > 18:
+            down -= 36
+        if right > 20:
+            right -= 40
         words = ["moving"]
-        if 1 < down < 35:  # of 36 rows, whose ends are joined: 35 is one row up
-            words.append("down" if down < 18 else "up")
-        if 1 < right < 39:
-            words.append("right" if right < 20 else "left")
+        if abs(down) > 1:
+            words.append("down" if down > 0 else "up")
+        if abs(right) > 1:
+            words.append("right" if right > 0 else "left")
         assert data.TOY_CATEGORIES[labels[0]] == "+".join(words)
+        assert 3 <= max(abs(down), abs(right)) <= 6  # 1.2 to 1.6 pixels a frame
 
 
 def test_the_default_toy_has_one_or_two_motions_on_different_axes_and_seldom_a_ground():
@@ -1179,13 +1197,15 @@ def test_a_number_that_is_no_id_does_not_become_a_class_name(tmp_path, label):
 
 
 def test_the_videos_with_the_smallest_hashes_validate():
+    """In both lists the videos keep their order. At least one video validates, and one trains."""
     lines = [f"v {i} 9 {i}" for i in range(10)]
     by_hash = sorted(lines, key=lambda line: zlib.crc32(line[:3].encode()))
-    for fraction, count in ((0.2, 2), (0.5, 5), (0.01, 1), (0.99, 9)):  # at least one, never all
+    for fraction, count in ((0.2, 2), (0.5, 5), (0.01, 1), (0.99, 9)):
         train, val = data.split_lines(lines, fraction)
         assert set(val) == set(by_hash[:count])
-        assert train == [line for line in lines if line not in val]  # each in the list's order
+        assert train == [line for line in lines if line not in val]
         assert val == [line for line in lines if line in val]
+    assert [len(part) for part in data.split_lines(lines[:2], 0.2)] == [1, 1]
     with pytest.raises(ValueError, match="--val 0.2: 1 .* cannot be split"):
         data.split_lines(lines[:1], 0.2)
 

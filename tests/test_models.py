@@ -56,8 +56,9 @@ def test_rows_and_figures_are_those_of_the_reports_tables(name, reported):
 
 
 IMAGE = dict(
-    sampling="segments", augment="multiscale", crop=224, flip=True, test_resize=256, test_crop=224,
-    clips=5, crops="3", scales=(256,), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+    sampling="segments", stride=1, augment="multiscale", crop=224, jitter=(256, 320), flip=True,
+    draft=False, test_resize=256, test_crop=224, clips=5, crops="3", scales=(256,),
+    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
     loss="bce", loss_scale=160, class_weight="none", batch=64, reference_batch=64, lr=0.01,
     momentum=0.9, nesterov=False, weight_decay=5e-4, clip_grad=20, dropout=0.5, schedule="step",
     milestones=(10, 20), epochs=30, iterations=0, warmup=0, sync_bn=False, init="imagenet",
