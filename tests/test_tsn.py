@@ -15,10 +15,10 @@ import tsn
 from conftest import close, drawn_clip, fill, golden, golden_names
 
 
-def shapes_only(backbone, segments=5):
+def shapes_only(backbone):
     """A TSN without values, for evaluation."""
     with torch.device("meta"):
-        return tsn.TSN(313, segments, backbone).eval()
+        return tsn.TSN(313, segments=5, backbone=backbone).eval()
 
 
 # ---- the network -----------------------------------------------------------------------------
@@ -36,6 +36,9 @@ def test_four_frames_by_hand():
     clip[0, :, 0, 0, 0] = torch.tensor([1.0, 2.0, 3.0, 10.0])
     assert model(clip).item() == (3 + 5 + 7 + 21) / 4
 
+    # in another order they have the same mean
+    assert model(clip[:, [3, 0, 2, 1]]).item() == (21 + 3 + 7 + 5) / 4
+
 
 @torch.no_grad()
 def test_a_video_is_a_loop_over_single_frames():
@@ -48,19 +51,6 @@ def test_a_video_is_a_loop_over_single_frames():
             frame = clip[video, t].unsqueeze(0)  # (1, 3, H, W)
             total = total + model.fc(model.backbone(frame))[0]
         close(model(clip)[video], total / 3, 1e-5)
-
-
-@torch.no_grad()
-def test_the_order_of_frames_does_not_matter_but_every_frame_does():
-    model = fill(tsn.TSN(6, segments=5, backbone="resnet18")).eval()
-    clip = drawn_clip((2, 5, 3, 32, 32), seed=2)
-    logits = model(clip)
-    close(model(clip[:, [3, 0, 4, 2, 1]]), logits, 1e-5)
-
-    for t in range(5):
-        changed = clip.clone()
-        changed[:, t] = 0
-        assert not torch.allclose(model(changed), logits, rtol=1e-3)
 
 
 def test_a_backbone_that_is_not_a_resnet_is_refused():
@@ -77,15 +67,15 @@ def test_logits_are_those_of_the_authors(name):
     model = shapes_only(case.options["backbone"])
     model.fc = nn.Linear(model.fc.in_features, case.options["num_classes"])
     model.load_state_dict(tsn.convert(case.checkpoint), assign=True)
-
     close(model(case.clip), case.arrays["logits"])
-    if "frame_logits" in case.arrays:
-        close(model.fc(model.features(case.clip)), case.arrays["frame_logits"])
 
 
-@pytest.mark.parametrize("pixels, sides", [(299, [35, 17, 8]), (224, [25, 12, 5]), (75, [7, 3, 1])])
+@pytest.mark.parametrize("pixels, sides", [
+    (299, [35, 17, 8]),  # the size that it was made for
+    (224, [25, 12, 5]),  # the report's: here the pools do not fit, and leave out the last row
+])
 def test_sides_of_the_maps_of_inception_resnet_v2(pixels, sides):
-    """After its three stages. 75 pixels are the fewest that it takes."""
+    """After each of its three stages."""
     x = torch.empty(1, 3, pixels, pixels, device="meta")
     seen = []
     for name, part in shapes_only("inception_resnet_v2").backbone.named_children():
@@ -112,27 +102,23 @@ def test_a_backbone_keeps_the_names_of_its_image_network(backbone):
     ("senet154", "last_linear", 1000),  # both
 ])
 def test_an_imagenet_file_gives_all_but_the_classifier(backbone, classifier, classes):
-    file = {
-        f"{classifier}.weight": torch.empty(classes, 1),
-        f"{classifier}.bias": torch.empty(classes),
-    }
-    expected = {}
-    for key, tensor in shapes_only(backbone).state_dict().items():
-        if key.startswith("backbone."):
-            file[key.removeprefix("backbone.")] = tensor
-            expected[key] = tensor
+    expected = shapes_only(backbone).state_dict()
+    del expected["fc.weight"], expected["fc.bias"]
+
+    file = {key.removeprefix("backbone."): tensor for key, tensor in expected.items()}
+    file[f"{classifier}.weight"] = torch.empty(classes, 1)
+    file[f"{classifier}.bias"] = torch.empty(classes)
 
     state = tsn.convert(file)
     assert state.keys() == expected.keys()
-    assert all(state[key] is expected[key] for key in expected)
+    for key in state:
+        assert state[key] is expected[key]
 
 
 @pytest.mark.parametrize("key", [
     "layer1.0.se.fc1.weight",  # timm's other SENet-154
     "base_model.conv1_7x7_s2.weight",  # BNInception
     "base_model.layer1.0.conv1.net.weight",  # TSM
-    "backbone.layer1.0.conv1.conv.net2.weight",  # TIN, mmaction2's
-    "consensus.classifier.1.weight",  # TRN
     "fc_verb.weight",  # two classifiers
     "xbackbone.conv1.weight",  # a known name has to match from the first letter ...
     "backbone.conv1.weight.x",  # ... to the last
