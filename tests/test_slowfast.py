@@ -82,7 +82,7 @@ def test_a_lateral_with_norm_is_a_naive_loop():
     ("slow_8x8", "slow", [1, 1, 1, 3, 3]),
     ("fast_32x2", "fast", [5, 3, 3, 3, 3]),
 ])
-def test_so_many_frames_are_seen_by_a_pathways_convolutions(variant, path, frames):
+def test_a_pathways_convolutions_see_so_many_frames(variant, path, frames):
     """By that of the stem, and by the first one of a block in each of the four stages."""
     pathway = getattr(shapes_only(10, variant, depth=14), path)
     stages = [pathway.layer1, pathway.layer2, pathway.layer3, pathway.layer4]
@@ -95,22 +95,26 @@ def test_so_many_frames_are_seen_by_a_pathways_convolutions(variant, path, frame
 
 def test_shapes_at_112_pixels():
     """(C, T, H, W): both pathways keep their frames, and a lateral widens the slow map by 1/4."""
-    expected = {
-        "slow.maxpool": (64, 8, 28, 28), "fast.maxpool": (8, 32, 28, 28),
+    expected = {  # in the order in which they are computed
+        "slow.maxpool": (64, 8, 28, 28),
+        "fast.maxpool": (8, 32, 28, 28),
         "fuse.0": (80, 8, 28, 28),
-        "slow.layer1": (256, 8, 28, 28), "fast.layer1": (32, 32, 28, 28),
+        "slow.layer1": (256, 8, 28, 28),
+        "fast.layer1": (32, 32, 28, 28),
         "fuse.1": (320, 8, 28, 28),
-        "slow.layer4": (2048, 8, 4, 4), "fast.layer4": (256, 32, 4, 4),
+        "slow.layer4": (2048, 8, 4, 4),
+        "fast.layer4": (256, 32, 4, 4),
     }
-    shapes = {}
+    shapes = []
+
+    def remember(module, inputs, output):
+        shapes.append(tuple(output.shape[1:]))
+
     model = shapes_only(10, depth=14)
     for name in expected:
-        def remember(module, inputs, output, name=name):
-            shapes[name] = tuple(output.shape[1:])
-
         model.get_submodule(name).register_forward_hook(remember)
     model(torch.empty(2, 32, 3, 112, 112, device="meta"))
-    assert shapes == expected
+    assert shapes == list(expected.values())
 
 
 @torch.no_grad()
@@ -137,27 +141,31 @@ REPORT = dict(num_classes=313)
 ZOO = dict(num_classes=400, fusion_norm=True, fc_bias=True)  # of PySlowFast and pytorchvideo
 
 
-@pytest.mark.parametrize("options, frames, pixels, expected", [
-    (dict(REPORT, variant="slowfast_8x8"), 32, 112, "62.63 M 24.71 G"),
-    (dict(REPORT, variant="fast_32x2"), 32, 112, "60.75 M 97.38 G"),  # "above 4x"; report
-    (dict(ZOO, variant="slowfast_8x8", depth=50, fusion_kernel=7), 32, 256, "34.57 M 65.71 G"),
-    (dict(ZOO, variant="slowfast_4x16", depth=50), 32, 256, "34.48 M 36.10 G"),
-    (dict(ZOO, variant="slow_8x8", depth=50), 8, 256, "32.45 M 54.52 G"),
+@pytest.mark.parametrize("options, frames, pixels, millions, billions", [
+    (dict(REPORT, variant="slowfast_8x8"), 32, 112, 62.63, 24.71),
+    (dict(REPORT, variant="fast_32x2"), 32, 112, 60.75, 97.38),
+    (dict(ZOO, variant="slowfast_8x8", depth=50, fusion_kernel=7), 32, 256, 34.57, 65.71),
+    (dict(ZOO, variant="slowfast_4x16", depth=50), 32, 256, 34.48, 36.10),
+    (dict(ZOO, variant="slow_8x8", depth=50), 8, 256, 32.45, 54.52),
 ])
-def test_parameters_and_multiply_adds(options, frames, pixels, expected):
-    """Of convolutions and classifier, for a clip. Those of ZOO are the figures it publishes."""
+def test_parameters_and_multiply_adds(options, frames, pixels, millions, billions):
+    """Millions of parameters, and billions of multiply-adds for a clip. Those of ZOO are the
+    figures it publishes. The report says that the fast pathway alone costs "above 4x"; here it is
+    97.38 / 24.71 = 3.9 times."""
     model = shapes_only(**options)
     multiply_adds = []
 
     def count(module, inputs, output):
+        # for each output value, as many as one output channel has weights
         multiply_adds.append(output.numel() * module.weight[0].numel())
 
     for module in model.modules():
         if isinstance(module, (nn.Conv3d, nn.Linear)):
             module.register_forward_hook(count)
     model(torch.empty(1, frames, 3, pixels, pixels, device="meta"))
+    assert round(sum(multiply_adds) / 1e9, 2) == billions
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert f"{parameters / 1e6:.2f} M {sum(multiply_adds) / 1e9:.2f} G" == expected
+    assert round(parameters / 1e6, 2) == millions
 
 
 def test_first_weights():

@@ -72,7 +72,9 @@ def test_the_shift_is_a_naive_loop():
     x = drawn_clip((2, 5, 12, 2, 3), seed=1).double()
     offsets = torch.tensor([[0.37, -1.62, 1.9, -0.1], [2.5, -4.5, 4.75, -7.4]]).double()
     weights = 2 * torch.rand(2, 4, 5, dtype=torch.float64)
-    close(tin.temporal_interlace(x, offsets, weights), looped(x, offsets, weights), 1e-12)
+    y = tin.temporal_interlace(x, offsets, weights)
+    close(y, looped(x, offsets, weights), 1e-12)
+    assert y.is_contiguous()  # as x; the other layout, channels_last, is in test_models.py
 
 
 @pytest.mark.parametrize("offset, slope", [
@@ -236,7 +238,7 @@ def test_logits_offsets_and_weights_are_those_of_the_authors(name, monkeypatch):
     ("conv.net1.offset_net.fc2.bias", "interlace.layer3.5.offset_fc2.bias"),
     ("conv.net1.weight_net.conv.bias", "interlace.layer3.5.weight_conv.bias"),
 
-    # X-Temporal's TSM
+    # a TSM's; X-Temporal and its authors have base_model in place of backbone
     ("net.weight", "backbone.layer3.5.conv1.weight"),
 ])
 def test_names_of_a_first_convolution(key, expected):

@@ -114,6 +114,9 @@ def test_an_imagenet_file_gives_all_but_the_classifier(backbone, classifier, cla
     for key in state:
         assert state[key] is expected[key]
 
+    # a TSN with as many classes keeps its own classifier
+    assert "fc.weight" in tsn.convert({"fc.weight": torch.empty(classes, 1)})
+
 
 @pytest.mark.parametrize("key", [
     "layer1.0.se.fc1.weight",  # timm's other SENet-154
