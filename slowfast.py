@@ -4,8 +4,9 @@ the fast one has few channels and sees every frame, and tells the slow one how t
 This is the video network of the team's report, with the variants of its ensemble: a longer clip,
 and either pathway alone.
 
-Report: arXiv 2003.05837, Table 2. Paper: Feichtenhofer, Fan, Malik and He, "SlowFast Networks for
-Video Recognition", arXiv 1812.03982.
+Report: arXiv 2003.05837, section 2 and Table 2.
+Paper: Feichtenhofer, Fan, Malik and He, "SlowFast Networks for Video Recognition",
+arXiv 1812.03982.
 
     frame                 0   1   2   3   4   5   6   7   8  ...  T - 1
     fast,  8 channels     x   x   x   x   x   x   x   x   x         x     how things move
@@ -19,6 +20,11 @@ slow frame, whose output is concatenated to the slow channels.
 Neither pathway ever shortens its clip: all its strides are in space. At the end each pathway is
 averaged over frames and pixels, and the classifier sees both averages side by side.
 
+The name of a variant tells its clip: 8x8 means 8 frames that are 8 frames of the video apart. With
+two pathways, this is what the slow one sees. The layers do not depend on it: slowfast_8x8 and
+slowfast_11x8 are one network, on clips of 32 and 44 frames. So are slow_8x4 and slow_8x8, and
+fast_16x2 and fast_32x2.
+
 B clips, T frames at the fast rate, C channels, H height, W width, K classes,
 D features (2048 slow and 256 fast; 2048 for a pathway alone).
 """
@@ -31,47 +37,34 @@ import torch.nn as nn
 def slow_frames(clip, alpha, slow_index="stride"):
     """The frames that the slow pathway sees: clip (B, T, 3, H, W) -> (B, T / alpha, 3, H, W).
 
-    "stride" takes frames 0, alpha, 2 alpha, ..., each at the centre of its lateral's window. The
-    report's authors and mmaction2 do this.
-    "linspace" spreads the frames evenly from the first to the last, rounded down: 32 frames and
-    alpha 4 give 0 4 8 13 17 22 26 31. PySlowFast and pytorchvideo do this.
-
-    Weights trained with one and run with the other raise no error: the logits are merely wrong,
-    by up to a few percent.
+    Frames 0, alpha, 2 alpha, ..., each at the centre of its lateral's window. slow_index "linspace"
+    is for other people's weights.
     """
-    if slow_index == "stride":
-        return clip[:, ::alpha]
+    if slow_index == "linspace":
+        return linspace_frames(clip, alpha)
+    return clip[:, ::alpha]
 
-    last = clip.shape[1] - 1
-    count = clip.shape[1] // alpha
-    steps = max(1, count - 1)  # one frame alone needs no step, and must not divide by zero
-    frames = [clip[:, i * last // steps] for i in range(count)]
-    return torch.stack(frames, dim=1)
+
+def conv(inputs, outputs, kernel, stride=(1, 1, 1)):
+    """A 3D convolution; kernel and stride: (time, height, width). Stride 1 keeps the map's size."""
+    padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
+    return nn.Conv3d(inputs, outputs, kernel, stride, padding, bias=False)
 
 
 class Lateral(nn.Module):
     """The connection from the fast to the slow pathway.
 
     A convolution with stride alpha in time gives the fast map as many frames as the slow map has.
-    Its output, with twice the channels of the fast map, is put behind the slow channels.
+    Its output, with twice the channels of the fast map, is appended to the slow channels.
 
     channels: of the fast map. kernel: fast frames that one output sees.
-    norm: whether batch norm and ReLU follow the convolution.
+    norm: whether batch norm and ReLU follow the convolution; for other people's weights.
     """
 
     def __init__(self, channels, kernel, alpha, norm):
         super().__init__()
-        self.conv = nn.Conv3d(
-            channels,
-            2 * channels,
-            kernel_size=(kernel, 1, 1),
-            stride=(alpha, 1, 1),
-            padding=(kernel // 2, 0, 0),
-            bias=False,
-        )
-        self.bn = None
-        if norm:
-            self.bn = nn.BatchNorm3d(2 * channels)
+        self.conv = conv(channels, 2 * channels, (kernel, 1, 1), stride=(alpha, 1, 1))
+        self.bn = nn.BatchNorm3d(2 * channels) if norm else None
 
     def forward(self, slow, fast):
         """slow (B, C, T / alpha, H, W), fast (B, c, T, H, W) -> (B, C + 2c, T / alpha, H, W)."""
@@ -90,26 +83,11 @@ class Bottleneck(nn.Module):
 
     def __init__(self, channels, planes, kernel, stride):
         super().__init__()
-        self.conv1 = nn.Conv3d(
-            channels,
-            planes,
-            kernel_size=(kernel, 1, 1),
-            padding=(kernel // 2, 0, 0),
-            bias=False,
-        )
+        self.conv1 = conv(channels, planes, (kernel, 1, 1))
         self.bn1 = nn.BatchNorm3d(planes)
-
-        self.conv2 = nn.Conv3d(
-            planes,
-            planes,
-            kernel_size=(1, 3, 3),
-            stride=(1, stride, stride),
-            padding=(0, 1, 1),
-            bias=False,
-        )
+        self.conv2 = conv(planes, planes, (1, 3, 3), (1, stride, stride))
         self.bn2 = nn.BatchNorm3d(planes)
-
-        self.conv3 = nn.Conv3d(planes, 4 * planes, kernel_size=1, bias=False)
+        self.conv3 = conv(planes, 4 * planes, (1, 1, 1))
         self.bn3 = nn.BatchNorm3d(4 * planes)
         self.relu = nn.ReLU(inplace=True)
 
@@ -117,7 +95,7 @@ class Bottleneck(nn.Module):
         self.downsample = None
         if stride > 1 or channels != 4 * planes:
             self.downsample = nn.Sequential(
-                nn.Conv3d(channels, 4 * planes, 1, stride=(1, stride, stride), bias=False),
+                conv(channels, 4 * planes, (1, 1, 1), (1, stride, stride)),
                 nn.BatchNorm3d(4 * planes),
             )
 
@@ -147,19 +125,12 @@ class Pathway(nn.Module):
     width: channels after the stem; the stages give 4, 8, 16 and 32 times as many.
     stem_kernel: frames that the stem sees.
     kernels: frames that a block sees, one number for each of the four stages.
-    laterals: whether the input of every stage includes a lateral's output.
+    lateral_channels: what laterals append to the input of each of the four stages.
     """
 
-    def __init__(self, depth, width, stem_kernel, kernels, laterals):
+    def __init__(self, depth, width, stem_kernel, kernels, lateral_channels=(0, 0, 0, 0)):
         super().__init__()
-        self.conv1 = nn.Conv3d(
-            3,
-            width,
-            kernel_size=(stem_kernel, 7, 7),
-            stride=(1, 2, 2),
-            padding=(stem_kernel // 2, 3, 3),
-            bias=False,
-        )
+        self.conv1 = conv(3, width, (stem_kernel, 7, 7), stride=(1, 2, 2))
         self.bn1 = nn.BatchNorm3d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool3d((1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))
@@ -167,11 +138,8 @@ class Pathway(nn.Module):
         stages = []
         channels = width
         for stage in range(4):
-            # The fast map has 1/8 of the slow channels, and a lateral adds 2 x 1/8 = 1/4.
-            if laterals:
-                channels += channels // 4
-
             # Only the first block changes the number of channels and the size of the map.
+            channels += lateral_channels[stage]
             planes = width * 2**stage
             stride = 1 if stage == 0 else 2
             blocks = [Bottleneck(channels, planes, kernels[stage], stride)]
@@ -197,25 +165,31 @@ class Pathway(nn.Module):
 
 
 ALPHA = {  # variant: fast frames per slow frame
-    "slowfast_8x8": 4,   # 8 slow frames, 8 frames of the video apart
-    "slowfast_4x16": 8,  # not in the report; for other people's weights
+    "slowfast_8x8": 4,
     "slowfast_11x8": 4,
+    "slowfast_4x16": 8,  # not in the report; for other people's weights
     "fast_32x2": 1,      # a pathway alone sees every frame of its clip
     "fast_16x2": 1,
     "slow_8x8": 1,
     "slow_8x4": 1,
 }
 
+# channels of the fast map in front of each stage; a lateral makes twice as many of them
+FAST_CHANNELS = (8, 32, 64, 128)
+LATERAL_CHANNELS = (16, 64, 128, 256)
+
 
 class SlowFast(nn.Module):
     """clip (B, T, 3, H, W) at the fast rate, normalised -> logits (B, K).
 
-    variant: a key of ALPHA. depth: a key of BLOCKS. fusion_kernel: fast frames that a lateral sees.
-    fusion_norm: batch norm and ReLU after each lateral. fc_bias: a bias in the classifier.
-    slow_index: "stride" or "linspace", see slow_frames. alpha: None for the variant's own.
+    variant: a key of ALPHA.
+    depth: a key of BLOCKS.
+    dropout: a probability.
 
-    The defaults are the network that the report's authors released; the other values serve other
-    people's weights. An unknown variant, depth or slow_index raises a ValueError.
+    The other options are for other people's weights; the defaults are those of the report's
+    authors. fusion_kernel: fast frames that a lateral sees. fusion_norm: batch norm and ReLU after
+    a lateral. fc_bias: a bias in the classifier. slow_index: see slow_frames. alpha: fast frames
+    per slow frame, None for the variant's own.
     """
 
     def __init__(
@@ -231,41 +205,34 @@ class SlowFast(nn.Module):
         alpha=None,
     ):
         super().__init__()
-        if variant not in ALPHA:
-            raise ValueError(f"SlowFast has no variant {variant!r}, only {', '.join(ALPHA)}")
-        if depth not in BLOCKS:
-            raise ValueError(f"SlowFast has no depth {depth!r}, only {', '.join(map(str, BLOCKS))}")
-        if slow_index not in ("stride", "linspace"):
-            raise ValueError(f"SlowFast has no slow_index {slow_index!r}, only stride, linspace")
-
-        self.alpha = alpha
-        if alpha is None:
-            self.alpha = ALPHA[variant]
+        check_options(variant, depth, slow_index)  # ValueError for an unknown word
+        self.alpha = ALPHA[variant] if alpha is None else alpha
         self.slow_index = slow_index
         pathways = variant.split("_")[0]  # slowfast, slow or fast
-        both = pathways == "slowfast"
 
-        # The slow pathway looks along time only in its last two stages.
+        # The slow pathway looks along time in its last two stages only, the fast one everywhere.
+        slow_kernels = dict(stem_kernel=1, kernels=(1, 1, 3, 3))
+        fast_kernels = dict(stem_kernel=5, kernels=(3, 3, 3, 3))
+
+        # Alone, the fast pathway is as wide as the slow one: the report's "no channel reduction".
         self.slow = None
-        if pathways != "fast":
-            self.slow = Pathway(depth, 64, stem_kernel=1, kernels=(1, 1, 3, 3), laterals=both)
-
-        # The fast pathway looks along time everywhere. Alone it has the slow one's width: the
-        # report's "no channel reduction".
         self.fast = None
-        if pathways != "slow":
-            width = 8 if both else 64
-            self.fast = Pathway(depth, width, stem_kernel=5, kernels=(3, 3, 3, 3), laterals=False)
+        if pathways == "slowfast":
+            self.slow = Pathway(depth, width=64, **slow_kernels, lateral_channels=LATERAL_CHANNELS)
+            self.fast = Pathway(depth, width=8, **fast_kernels)
+        elif pathways == "slow":
+            self.slow = Pathway(depth, width=64, **slow_kernels)
+        else:
+            self.fast = Pathway(depth, width=64, **fast_kernels)
 
-        # One lateral in front of each stage; the channels are those of the fast map there.
+        # a lateral in front of each stage
         self.fuse = nn.ModuleList()
-        if both:
-            for channels in (8, 32, 64, 128):
+        if pathways == "slowfast":
+            for channels in FAST_CHANNELS:
                 self.fuse.append(Lateral(channels, fusion_kernel, self.alpha, fusion_norm))
 
-        features = 2048
-        if both:
-            features += 256
+        # the classifier
+        features = 2048 + 256 if pathways == "slowfast" else 2048  # D
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(features, num_classes, bias=fc_bias)
 
@@ -284,9 +251,7 @@ class SlowFast(nn.Module):
         """clip (B, T, 3, H, W) -> what the classifier sees, (B, D)."""
         frames = clip.shape[1]
         if frames % self.alpha != 0:
-            raise ValueError(
-                f"the number of frames must be a multiple of {self.alpha}, got {frames}"
-            )
+            raise ValueError(f"the frames must be a multiple of {self.alpha}, got {frames}")
 
         # 3D convolutions want the channels in front of the frames.
         x = clip.transpose(1, 2)  # (B, 3, T, H, W)
@@ -320,7 +285,9 @@ class SlowFast(nn.Module):
         return torch.cat([slow, fast], dim=1)
 
     def forward(self, clip):
-        return self.fc(self.dropout(self.features(clip)))
+        x = self.features(clip)  # (B, D)
+        x = self.dropout(x)
+        return self.fc(x)  # (B, K)
 
 
 def build(recipe, num_classes):
@@ -338,17 +305,20 @@ def build(recipe, num_classes):
     )
 
 
-# What all rows but the toy have in common. In the comments, "report" means that the report says so.
-# "ours" means that the report is silent; what we follow, or why, comes after it.
-SHARED = dict(
-    # network
-    depth=101,             # 50, 101, 152 or 200; report: 152 and 200 score nearly the same
+# The rows of the report's Table 2, Slow 8x8 of its section 2 (c), and the toy. A row holds what
+# build() needs, and what differs from the settings in data.py, evaluate.py and train.py. "report"
+# in a comment: it says so. "ours": it does not.
+NETWORK = dict(  # of all rows
     dropout=0.5,           # probability, before the classifier; report
     fusion_kernel=5,       # fast frames that a lateral sees; ours: the authors' code
     fusion_norm=False,     # batch norm and ReLU after a lateral; ours: the authors' code
     fc_bias=False,         # a bias in the classifier; ours: the authors' code
     slow_index="stride",   # every alpha-th frame, or "linspace"; ours: the authors' code
     alpha=None,            # fast frames per slow frame, None: the variant's own (ALPHA)
+)
+SHARED = dict(  # of all rows but the toy
+    NETWORK,
+    depth=101,             # 50, 101, 152 or 200; report: 152 and 200 score nearly the same
 
     # clips
     sampling="clip",       # one window at a random place; report: "consecutive frames"
@@ -374,41 +344,28 @@ SHARED = dict(
     clips=10,              # per video, in the fuller protocols; report
     scales=(128, 144, 160),  # pixels, short sides; report: 128, multi-scale adds the others
 )
-
-# The rows of the report's Table 2, the Slow 8x8 of its section 2 (c), and the toy. A row holds what
-# build() needs, and what differs from the settings in data.py, evaluate.py and train.py.
-#
-# frames is T, and stride the distance of two frames in the video. A variant's name gives both; with
-# two pathways it describes the slow one, which in slowfast_8x8 sees 32 / 4 = 8 frames, 4 x 2 = 8
-# apart. So slow_8x4 and slow_8x8 are the same network on other frames.
-RECIPES = {
-    "r101_8x8": {**SHARED, "variant": "slowfast_8x8", "frames": 32, "stride": 2},
-    "r101_11x8": {**SHARED, "variant": "slowfast_11x8", "frames": 44, "stride": 2},
-    "r101_fast_16x2": {**SHARED, "variant": "fast_16x2", "frames": 16, "stride": 2},
-    "r101_fast_32x2": {**SHARED, "variant": "fast_32x2", "frames": 32, "stride": 2},
-    "r101_slow_8x4": {**SHARED, "variant": "slow_8x4", "frames": 8, "stride": 4},
-    "r101_slow_8x8": {**SHARED, "variant": "slow_8x8", "frames": 8, "stride": 8},
+RECIPES = {  # frames is T; stride: frames of the video from one to the next
+    "r101_8x8": dict(SHARED, variant="slowfast_8x8", frames=32, stride=2),  # report
+    "r101_11x8": dict(SHARED, variant="slowfast_11x8", frames=44, stride=2),  # report
+    "r101_fast_16x2": dict(SHARED, variant="fast_16x2", frames=16, stride=2),  # report
+    "r101_fast_32x2": dict(SHARED, variant="fast_32x2", frames=32, stride=2),  # report
+    "r101_slow_8x4": dict(SHARED, variant="slow_8x4", frames=8, stride=4),  # report
+    "r101_slow_8x8": dict(SHARED, variant="slow_8x8", frames=8, stride=8),  # report
     "toy": dict(
+        NETWORK,
         variant="slowfast_8x8",  # ours: the report's first row
         depth=14,              # ours: one block a stage, minutes on a laptop
-        dropout=0.5,           # report
-        fusion_kernel=5,       # ours: as above
-        fusion_norm=False,     # ours: as above
-        fc_bias=False,         # ours: as above
-        slow_index="stride",   # ours: as above
-        alpha=None,            # ours: the variant's 4
-
-        frames=24,             # ours: the whole toy video, 6 slow frames; it learns fastest so
+        frames=24,             # ours: the whole toy video, 6 slow frames
         sampling="clip",       # report
 
-        lr=0.05,               # ours: clip_grad makes it possible; measured, mAP 98.9
-        epochs=10,             # ours: seven give mAP 88.6
+        lr=0.05,               # ours: clip_grad makes it possible
+        epochs=10,             # ours
         clip_grad=5.0,         # ours: limits the first steps, in place of a warm-up
         weight_decay=1e-4,     # report
         sync_bn=True,          # report
 
         clips=10,              # report
-        scales=(32, 30, 28),   # ours: at 36 the last map is 2x2, and the dense mAP 82
+        scales=(32, 30, 28),   # ours: at a larger side the last map would have 2x2 pixels, not one
     ),
 }
 
@@ -422,7 +379,70 @@ REPORTED = {  # percent mAP on the validation set: one clip, dense, multiscale a
 }
 
 
-# ---- other people's weights: skip on first reading ----------------------------------------------
+# ==== Skip on first reading: other people's weights ===============================================
+
+# ---- options for them ----------------------------------------------------------------------------
+
+def check_options(variant, depth, slow_index):
+    """ValueError if SlowFast has no such variant, depth or slow_index."""
+    if variant not in ALPHA:
+        raise ValueError(f"SlowFast has no variant {variant!r}, only {', '.join(ALPHA)}")
+    if depth not in BLOCKS:
+        raise ValueError(f"SlowFast has no depth {depth!r}, only {', '.join(map(str, BLOCKS))}")
+    if slow_index not in ("stride", "linspace"):
+        raise ValueError(f"SlowFast has no slow_index {slow_index!r}, only stride, linspace")
+
+
+def linspace_frames(clip, alpha):
+    """slow_frames of PySlowFast and pytorchvideo: evenly from the first frame to the last, rounded
+    down. 32 frames and alpha 4 give 0 4 8 13 17 22 26 31.
+
+    Weights trained with one choice and run with the other raise no error: the logits are merely
+    wrong, by up to a few percent.
+    """
+    last = clip.shape[1] - 1
+    count = clip.shape[1] // alpha
+    steps = max(1, count - 1)  # one frame alone needs no step, and must not divide by zero
+    frames = [clip[:, i * last // steps] for i in range(count)]
+    return torch.stack(frames, dim=1)
+
+
+# ---- public weights ------------------------------------------------------------------------------
+#
+#     python evaluate.py --model slowfast --weights FILE FLAGS --data DATA
+#
+# train.py --init FILE reads the same files. Where they are published, which networks, which FLAGS:
+#
+#   github.com/Sense-X/X-Temporal, ModelZoo.md
+#       SlowFast ResNet-101 8x8 for M-MiT           none
+#       SlowFast ResNet-50 8x8                      --depth 50
+#   github.com/open-mmlab/mmaction2, model zoo 1.x
+#       SlowFast ResNet-50 8x8                      --depth 50 --fusion-kernel 7 --fc-bias
+#       SlowFast ResNet-50 4x16                     --variant slowfast_4x16 --depth 50 --fc-bias
+#       SlowOnly ResNet-50 8x8                      --recipe r101_slow_8x8 --depth 50 --fc-bias
+#   pytorchvideo, and github.com/facebookresearch/SlowFast (PySlowFast); all of these networks with
+#   --mean 0.45 0.45 0.45 --std 0.225 0.225 0.225 --test-resize 256 --test-crop 224
+#       SlowFast ResNet-50 8x8                      --depth 50 --fusion-kernel 7 --fusion-norm
+#                                                   --fc-bias --slow-index linspace
+#       SlowFast ResNet-50 4x16                     --variant slowfast_4x16 --depth 50
+#                                                   --fusion-norm --fc-bias --slow-index linspace
+#       Slow ResNet-50 8x8                          --recipe r101_slow_8x8 --depth 50 --fc-bias
+#
+# A network for videos of one label each, as of Kinetics, needs --loss ce too. alpha, slow_index,
+# sizes and normalisation leave no trace in a file, so nothing can notice a wrong one. What does not
+# load: networks with non-local blocks, with R101_50_50 in their name, or of two depths, and files
+# of MMAction 0.x.
+#
+# PySlowFast's Caffe2 files (.pkl) are pickles, which can run code. One that you trust becomes .pt:
+#
+#     import pickle, torch
+#     with open("SLOWFAST_8x8_R50.pkl", "rb") as file:
+#         blobs = pickle.load(file, encoding="latin1")["blobs"]
+#     blobs = {key: torch.as_tensor(x) for key, x in blobs.items() if hasattr(x, "shape")}
+#     torch.save({"blobs": blobs}, "slowfast.pt")
+
+
+# ---- their names and ours ------------------------------------------------------------------------
 #
 # A key is translated in two steps. One of PySlowFast's, for example:
 #
@@ -530,71 +550,44 @@ WORDS = {
 
 
 def our_name(key):
-    """Another repository's key -> ours. ValueError if SlowFast has no such tensor."""
-    # DataParallel, torch.compile and PySlowFast (around a network of pytorchvideo) put these words
-    # before every key.
-    bare_key = re.sub(r"^(module\.|_orig_mod\.|model\.)+", "", key)
-
+    """Another project's key -> ours. ValueError if SlowFast has no such tensor."""
     for pattern, order in KEYS:
-        match = re.fullmatch(pattern, bare_key)
+        match = re.fullmatch(pattern, key)
         if match:
             words = match.expand(order).split(".")
             return ".".join(WORDS.get(word, word) for word in words)
     raise ValueError(f"{__name__}.py has no place for the key {key}")
 
 
-def convert(checkpoint):
-    """A checkpoint of another repository, as read from its file -> a state dict in our names.
+def convert(tensors):
+    """{key: tensor} of a file in another project's names, or ours -> our state dict.
 
     - ours, and the files of X-Temporal, pytorchvideo, mmaction2 and PySlowFast, with two pathways
-      or one: complete
-    - the Caffe2 files of PySlowFast's model zoo, unpickled to arrays: complete
+      or one, also PySlowFast's Caffe2 files: complete
 
-    Names and shapes tell which options of SlowFast a file needs, except for alpha and slow_index,
-    which leave no trace in it. A file with any other key raises a ValueError.
+    evaluate.tensors_of takes the tensors out of a file. Without it:
+    {key.removeprefix("module."): x for key, x in torch.load(FILE)["state_dict"].items()}
     """
-    # The tensors may lie in a dict of their own, beside the optimiser's state and the epoch.
-    tensors = checkpoint
-    for container in ["state_dict", "model", "model_state", "model_state_dict", "net", "blobs"]:
-        if isinstance(checkpoint.get(container), dict):
-            tensors = checkpoint[container]
-            break
-
-    # A Caffe2 file holds the optimiser's state among the weights.
-    if "blobs" in checkpoint:
-        optimiser = r"lr|model_iter|.+_momentum"
-        tensors = {k: x for k, x in tensors.items() if not re.fullmatch(optimiser, str(k))}
-
     state = {}
     for key, tensor in tensors.items():
-        name = our_name(str(key))
-        if hasattr(tensor, "__array__"):  # Caffe2's values are arrays of NumPy
-            tensor = torch.as_tensor(tensor)
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{__name__}.py needs a tensor under the key {key}")
+        if re.fullmatch(r"lr|model_iter|.+_momentum", key):  # Caffe2 files hold the optimiser too
+            continue
+        name = our_name(key)
 
         # Caffe2 may leave out a convolution's last axes if their length is 1.
         if key.endswith("_w") and name != "fc.weight":
             while tensor.dim() < 5:
                 tensor = tensor.unsqueeze(-1)
         state[name] = tensor
-    if not state:
-        raise ValueError(f"{__name__}.py finds no tensors in the checkpoint")
 
-    # A pathway alone, without a name, has been called slow so far. It is a fast one if its stem
-    # sees several frames.
+    # A pathway alone, without a name, was named "slow" above. It is a fast one if its stem sees
+    # several frames.
     stem = state.get("slow.conv1.weight")
     if stem is not None and stem.dim() == 5 and stem.shape[2] > 1:
         state = {name.replace("slow.", "fast."): tensor for name, tensor in state.items()}
 
     # mmaction2's classifier has the 256 fast features in front, ours the 2048 slow ones.
-    from_mmaction2 = any("backbone.fast_path." in key for key in tensors)
+    from_mmaction2 = any(key.startswith("backbone.fast_path.") for key in tensors)
     if from_mmaction2 and "fc.weight" in state:
         state["fc.weight"] = state["fc.weight"].roll(-256, dims=-1)
-
-    # Caffe2 does not store the number of batches that a batch norm has seen.
-    for name in list(state):
-        if name.endswith("running_var"):
-            count = name.replace("running_var", "num_batches_tracked")
-            state.setdefault(count, torch.tensor(0))
     return state

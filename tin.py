@@ -1,4 +1,4 @@
-"""TIN, the Temporal Interlacing Network: a 2D ResNet in which some channels are shifted along time.
+"""TIN, the Temporal Interlacing Network: a 2D network that shifts some channels along time.
 
 A quarter of the channels moves. In every block, one small net computes from the block's input how
 far each group of channels moves, and another one a weight for each frame. TIN is the report's own
@@ -19,7 +19,12 @@ Paper: Shao, Qian and Liu, "Temporal Interlacing Network", arXiv 2001.06499.
 The shift is applied to the input of a residual block's first convolution. The block's shortcut
 gets the frames as they were, so that no feature of a frame is lost. The first f = C/4 channels form
 G = 4 groups, which move by o0, o1, -o0 and -o1. Then each group's frames are multiplied by weights,
-one for each frame.
+one for each frame. With o0 = o1 = -1 and all weights 1, this is exactly TSM.
+
+How can a convolution over time and two linear layers find an offset? They see the mean of each
+moved channel in each frame, that is, how strongly a feature is present at which time. The
+convolution can compare neighbouring frames, and the linear layers, which see all frames, can tell
+a quick change from a slow one. The slower the change, the farther apart the frames to compare.
 
 B clips, T frames, C channels, H height, W width, K classes, D features per frame.
 """
@@ -36,35 +41,29 @@ def temporal_interlace(x, offsets, weights=None):
         y[t] = weight[t] * sum over s of relu(1 - |t - s - offset|) * x[s]
 
     The relu is 1 where t - s is the offset and falls to 0 within one frame, so y[t] interpolates
-    linearly between two frames of x.
+    linearly between two frames of x. The sum is a matrix product, so autograd gives all gradients,
+    including those of the offsets.
 
     x (B, T, C, H, W) -> the same shape and memory layout. offsets (B, G) are in frames; a positive
     offset moves content later. weights (B, G, T); None means that they are all 1.
-
-    This needs no custom CUDA kernel: it is a matrix product, so autograd gives the gradients,
-    including those of the offsets (0 at an integer offset, where the slope jumps). It costs less
-    than 0.6 % of a ResNet-50's multiplications.
     """
-    # At least float32, even if x is bfloat16, whose numbers above 1 are 1/128 frame apart.
-    offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
-
-    # matrix[b, g, t, s]: how much of frame s arrives at frame t
-    frame = torch.arange(x.shape[1], device=x.device, dtype=offsets.dtype)
+    # matrix[b, g, t, s]: how much of frame s arrives at frame t; in float32, since bfloat16
+    # resolves offsets above 1 only to 1/128 frame
+    frame = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)
     steps = frame[:, None] - frame[None, :]  # (T, T): t - s
     distance = steps - offsets[:, :, None, None]  # (B, G, T, T)
-    matrix = torch.relu(1 - distance.abs())  # not torch.maximum, whose gradient at 0 is 1/2
+    matrix = torch.relu(1 - distance.abs())
     if weights is not None:
         matrix = matrix * weights[:, :, :, None]
     matrix = matrix.to(x.dtype)
 
-    # If x is channels_last, move its channels to the last axis: torch.cat of five-dimensional
-    # tensors returns contiguous memory, so the result will then have the layout of x.
+    # If the channels of x lie innermost in memory (channels_last), make them the last axis. The
+    # result then lies in memory as x does, since torch.cat returns contiguous memory.
     axis = 4 if x.stride(2) == 1 else 2
     x = x.movedim(2, axis)
-    groups = x.unflatten(axis, (offsets.shape[1], -1))
 
-    # One product per group. A single product over all groups would first copy x, and on a CPU that
-    # is slower.
+    # one product for each group, since one for all of them would first copy x
+    groups = x.unflatten(axis, (offsets.shape[1], -1))
     moved = []
     for group_matrix, group in zip(matrix.unbind(1), groups.unbind(axis)):
         y = group_matrix @ group.flatten(2)  # (B, T, T) @ (B, T, C/G*H*W)
@@ -77,11 +76,12 @@ def temporal_interlace(x, offsets, weights=None):
 class TemporalInterlace(nn.Module):
     """Interlace a quarter of the channels, by offsets and weights computed from that quarter.
 
-    x (B, T, C, H, W) -> the same shape and memory layout. T must be `frames`. Paper, section 3.
+    x (B*T, C, H, W) -> the same shape and memory layout. T must be `frames`. Paper, section 3.
     """
 
     def __init__(self, channels, frames):
         super().__init__()
+        self.frames = frames
         self.num_moved = channels // 4  # f
 
         # The offset net. Its linear layers act along time, so its weights fit one T only.
@@ -97,16 +97,11 @@ class TemporalInterlace(nn.Module):
         nn.init.zeros_(self.weight_conv.bias)
 
     def forward(self, x):
-        B, T, C = x.shape[:3]
-
-        # In four dimensions torch.cat keeps channels_last, so split and join the frames there.
-        frames = x.flatten(0, 1)  # (B*T, C, H, W)
-        moved, kept = frames.split([self.num_moved, C - self.num_moved], dim=1)
-        moved = moved.unflatten(0, (B, T))  # (B, T, f, H, W)
+        moved, kept = x.split([self.num_moved, x.shape[1] - self.num_moved], dim=1)
+        moved = moved.unflatten(0, (-1, self.frames))  # (B, T, f, H, W)
 
         # Both nets compute in float32, the type of their parameters, even under autocast.
-        device = "cpu" if x.is_meta else x.device.type  # the meta device has no autocast
-        with torch.autocast(device, enabled=False):
+        with autocast_off(x.device):
             means = moved.mean(dim=(3, 4), dtype=self.weight_conv.weight.dtype)  # (B, T, f)
             means = means.transpose(1, 2)  # (B, f, T)
 
@@ -123,14 +118,12 @@ class TemporalInterlace(nn.Module):
         offsets = torch.cat([offsets, -offsets], dim=1)  # (B, 4)
         weights = torch.cat([weights, weights], dim=1)  # (B, 4, T)
         moved = temporal_interlace(moved, offsets, weights)
-
-        frames = torch.cat([moved.flatten(0, 1), kept], dim=1)  # (B*T, C, H, W)
-        return frames.unflatten(0, (B, T))
+        return torch.cat([moved.flatten(0, 1), kept], dim=1)
 
 
-def residual(block, x, moved):
-    """torchvision's residual block, with `moved` on the main path and x on the shortcut."""
-    y = block.conv1(moved)
+def residual(block, x, shifted):
+    """torchvision's residual block, with `shifted` on the main path and x on the shortcut."""
+    y = block.conv1(shifted)
     y = block.bn1(y)
     y = block.relu(y)
     y = block.conv2(y)
@@ -149,16 +142,17 @@ def residual(block, x, moved):
 class TIN(nn.Module):
     """clip (B, T, 3, H, W), normalised -> logits (B, K).
 
-    frames is T; a clip of another length raises a ValueError. depth is the ResNet's: 18, 50 or 101.
-    dropout is a probability.
+    frames: T; a clip of another length raises a ValueError.
+    backbone: resnet18, resnet50 or resnet101 of torchvision.
+    dropout: a probability.
     """
 
-    def __init__(self, num_classes, frames=8, depth=50, dropout=0.5):
+    def __init__(self, num_classes, frames=8, backbone="resnet50", dropout=0.5):
         super().__init__()
         self.frames = frames
 
         # the 2D network, without its own classifier
-        self.backbone = torchvision.models.get_model(f"resnet{depth}", weights=None)
+        self.backbone = image_network(backbone)
         features = self.backbone.fc.in_features  # D
         self.backbone.fc = nn.Identity()
 
@@ -194,10 +188,8 @@ class TIN(nn.Module):
         # its four stages of residual blocks
         for stage in ["layer1", "layer2", "layer3", "layer4"]:
             for i, block in enumerate(getattr(net, stage)):
-                moved = x.unflatten(0, (-1, self.frames))  # (B, T, C, H, W)
-                moved = self.interlace[stage][i](moved)
-                moved = moved.flatten(0, 1)  # (B*T, C, H, W)
-                x = residual(block, x, moved)
+                shifted = self.interlace[stage][i](x)
+                x = residual(block, x, shifted)
 
         x = net.avgpool(x)  # (B*T, D, 1, 1)
         x = x.flatten(1)  # (B*T, D)
@@ -215,46 +207,68 @@ def build(recipe, num_classes):
     return TIN(
         num_classes,
         frames=recipe["frames"],
-        depth=recipe["depth"],
+        backbone=recipe["backbone"],
         dropout=recipe["dropout"],
     )
 
 
 # The rows of the report's Table 1, and the toy. A row holds what build() needs, and what differs
-# from the settings in data.py, evaluate.py and train.py. In the comments, "report" means that the
-# report says so. "ours" means that the report is silent; what we follow, or why, comes after it.
+# from the settings in data.py, evaluate.py and train.py. "report" in a comment: it says so. "ours":
+# it does not.
+SHARED = dict(dropout=0.5)  # probability, before the classifier; report
 RECIPES = {
-    "r50_8f": dict(
-        frames=8,  # T; report
-        depth=50,  # of the ResNet; report
-        dropout=0.5,  # probability, before the classifier; report
-    ),
-    "r101_8f": dict(
-        frames=8,
-        depth=101,
-        dropout=0.5,
-    ),
-    "r101_16f": dict(
-        frames=16,
-        depth=101,
-        dropout=0.5,
-    ),
-    "toy": dict(
-        frames=8,
-        depth=18,
-        dropout=0.5,
-    ),
+    "r50_8f": dict(SHARED, frames=8, backbone="resnet50"),  # report
+    "r101_8f": dict(SHARED, frames=8, backbone="resnet101"),  # report
+    "r101_16f": dict(SHARED, frames=16, backbone="resnet101"),  # report
+    "toy": dict(SHARED, frames=8, backbone="resnet18"),  # ours
 }
 
-# mAP in percent on the validation set, one view a video; report, Table 1. The authors' model zoo
-# lists the last one as a ResNet-50.
+# mAP in percent on the validation set, one view (clip and crop) a video; report, Table 1
 REPORTED = {"r50_8f": 62.23, "r101_8f": 62.22, "r101_16f": 62.49}
 
 
-# ---- other people's weights: skip on first reading ----------------------------------------------
+# ==== Skip on first reading: other people's weights ===============================================
 
-# Patterns of other repositories' keys, and our names for them. A pattern must match the whole key,
-# so that the files of other networks are refused.
+# ---- the autocast of both nets -------------------------------------------------------------------
+
+def autocast_off(device):
+    """A context in which autocast is off. The device "meta" has none, so there it is the CPU's."""
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+
+
+# ---- the 2D network ------------------------------------------------------------------------------
+
+def image_network(name):
+    """torchvision's ResNet of this name, with random weights."""
+    network = torchvision.models.get_model(name, weights=None)
+    if not isinstance(network, torchvision.models.ResNet):
+        raise ValueError(f"backbone {name} is not one of torchvision's ResNets")
+    return network
+
+
+# ---- public weights ------------------------------------------------------------------------------
+#
+#     python evaluate.py --model tin --weights FILE FLAGS --data DATA
+#
+# train.py --init FILE reads the same files. Where they are published, which networks, which FLAGS:
+#
+#   github.com/Sense-X/X-Temporal, ModelZoo.md
+#       ResNet-50 for M-MiT                         none, or --frames 16
+#       ResNet-101 for M-MiT                        --recipe r101_8f
+#   github.com/deepcs233/TIN
+#       ResNet-50                                   none
+#   github.com/open-mmlab/mmaction2, model zoo 1.x
+#       ResNet-50                                   none
+#
+# A network for videos of one label each, as of Kinetics, needs --loss ce too. Sizes and
+# normalisation leave no trace in a file, so nothing can notice a wrong one. The zoo of X-Temporal
+# lists its network of 16 frames as a ResNet-50, the report as a ResNet-101 (--recipe r101_16f).
+
+
+# ---- their names and ours ------------------------------------------------------------------------
+
+# Patterns of their keys, and our names for them. A pattern must match the whole key, so that the
+# files of other networks are refused.
 #   base_model.          X-Temporal, tsn-pytorch, temporal-shift-module, deepcs233/TIN
 #   .conv. and .bn.      mmaction2, where a convolution and its batch norm are one module
 #   .net.                the convolution that comes after a shift, in a TSM
@@ -262,6 +276,7 @@ REPORTED = {"r50_8f": 62.23, "r101_8f": 62.22, "r101_16f": 62.49}
 BACKBONE = r"(?:base_model\.|backbone\.)?"
 BLOCK = BACKBONE + r"(layer[1-4]\.\d+)\."
 INTERLACE = BLOCK + r"conv1\.(?:conv\.)?net1\."
+VALUE = r"\.(weight|bias)"
 NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 KEYS = [
     # the ResNet's first layers
@@ -276,24 +291,19 @@ KEYS = [
     (BLOCK + r"downsample\.(?:0|conv)\.weight", r"backbone.\1.downsample.0.weight"),
     (BLOCK + r"downsample\.(?:1|bn)\." + NORM, r"backbone.\1.downsample.1.\2"),
 
-    # the offset net and the weight net of a block, biasnet and weightnet in X-Temporal and
-    # deepcs233/TIN, offset_net and weight_net in mmaction2
-    (
-        INTERLACE + r"(?:biasnet\.net\.conv|offset_net\.conv)\.(weight|bias)",
-        r"interlace.\1.offset_conv.\2",
-    ),
-    (
-        INTERLACE + r"(?:biasnet\.net\.fc|offset_net\.fc1)\.(weight|bias)",
-        r"interlace.\1.offset_fc1.\2",
-    ),
-    (
-        INTERLACE + r"(?:biasnet\.net\.lastlayer|offset_net\.fc2)\.(weight|bias)",
-        r"interlace.\1.offset_fc2.\2",
-    ),
-    (
-        INTERLACE + r"(?:weightnet\.net\.lastlayer|weight_net\.conv)\.(weight|bias)",
-        r"interlace.\1.weight_conv.\2",
-    ),
+    # the offset net and the weight net of a block, in X-Temporal and deepcs233/TIN
+    (INTERLACE + r"biasnet\.net\.conv" + VALUE, r"interlace.\1.offset_conv.\2"),
+    (INTERLACE + r"biasnet\.net\.fc" + VALUE, r"interlace.\1.offset_fc1.\2"),
+    (INTERLACE + r"biasnet\.net\.lastlayer" + VALUE, r"interlace.\1.offset_fc2.\2"),
+    (INTERLACE + r"weightnet\.net\.lastlayer" + VALUE, r"interlace.\1.weight_conv.\2"),
+
+    # and in mmaction2
+    (INTERLACE + r"offset_net\.conv" + VALUE, r"interlace.\1.offset_conv.\2"),
+    (INTERLACE + r"offset_net\.fc1" + VALUE, r"interlace.\1.offset_fc1.\2"),
+    (INTERLACE + r"offset_net\.fc2" + VALUE, r"interlace.\1.offset_fc2.\2"),
+    (INTERLACE + r"weight_net\.conv" + VALUE, r"interlace.\1.weight_conv.\2"),
+
+    # ours
     (r"(interlace\..+)", r"\1"),
 
     # the classifier
@@ -302,52 +312,30 @@ KEYS = [
 
 
 def our_name(key):
-    """Another repository's key -> ours. ValueError if this network has no such tensor."""
-    # DataParallel puts "module." before every key, and torch.compile puts "_orig_mod.".
-    bare_key = re.sub(r"^(module\.|_orig_mod\.)+", "", key)
-
+    """Another project's key -> ours. ValueError if this network has no such tensor."""
     for pattern, name in KEYS:
-        match = re.fullmatch(pattern, bare_key)
+        match = re.fullmatch(pattern, key)
         if match:
             return match.expand(name)
     raise ValueError(f"{__name__}.py has no place for the key {key}")
 
 
-def convert(checkpoint):
-    """A checkpoint of another repository, as read from its file -> a state dict in our names.
+def convert(tensors):
+    """{key: tensor} of a file in another project's names, or ours -> our state dict.
 
     - ours, and the TIN files of X-Temporal, deepcs233/TIN and mmaction2: complete
     - the TSN and TSM files of X-Temporal, tsn-pytorch, temporal-shift-module and mmaction2: all but
       the offset and weight nets
     - torchvision's ImageNet ResNets: the backbone alone
 
-    A file with any other key raises a ValueError.
+    evaluate.tensors_of takes the tensors out of a file. Without it:
+    {key.removeprefix("module."): x for key, x in torch.load(FILE)["state_dict"].items()}
     """
-    # The tensors may be in a dict of their own, beside the optimiser's state and the epoch.
-    tensors = checkpoint
-    for container in ["state_dict", "model", "model_state", "model_state_dict", "net"]:
-        if isinstance(checkpoint.get(container), dict):
-            tensors = checkpoint[container]
-            break
-
-    # torchvision's own files have this key. Their classifier, for the 1,000 classes of ImageNet, is
-    # left out.
-    from_imagenet = "conv1.weight" in tensors
-
     state = {}
     for key, tensor in tensors.items():
-        name = our_name(str(key))
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{__name__}.py needs a tensor under the key {key}")
-        if from_imagenet and name.startswith("fc.") and len(tensor) == 1000:
-            continue
-        state[name] = tensor
-    if not state:
-        raise ValueError(f"{__name__}.py finds no tensors in the checkpoint")
+        state[our_name(key)] = tensor
 
-    # Files from before PyTorch 0.4.1 lack the number of batches that a batch norm has seen.
-    for name in list(state):
-        if name.endswith("running_var"):
-            count = name.replace("running_var", "num_batches_tracked")
-            state.setdefault(count, torch.tensor(0))
+    # torchvision's ImageNet file has this key. Its classifier, for 1,000 classes, is left out.
+    if "conv1.weight" in tensors and len(state.get("fc.bias", [])) == 1000:
+        del state["fc.weight"], state["fc.bias"]
     return state

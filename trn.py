@@ -15,11 +15,11 @@ arXiv 1711.08496.
     scale 2       ab         ac         ad         bc         bd         cd
 
 In training, every step draws at most 3 tuples of each scale and adds up their logits. Evaluation
-takes the mean over all tuples of a scale, times the number that training draws. This is the exact
-mean over all possible draws, so evaluation is not random.
+takes the mean over all tuples of a scale, times the number that training draws. This is the mean
+over all possible draws, so evaluation is not random.
 
-B clips, T frames, H height, W width, K classes, D features per frame, k the scale, which is the
-number of frames in a tuple, R_k tuples of scale k, n_k = min(3, R_k) of them drawn in training.
+B clips, T frames, C channels, H height, W width, K classes, D features per frame, k the scale: the
+number of frames in a tuple.
 """
 import itertools
 import re
@@ -28,93 +28,83 @@ import torch
 import torch.nn as nn
 import torchvision
 
+FRAME_FEATURES = 256  # what the relations see of a frame; as in TRN-pytorch and mmaction2
+
 
 class Relation(nn.Module):
-    """The network of one scale: frame features f (B, T, 256) -> its part of the logits, (B, K).
+    """The network of one scale k: frame features f (B, T, 256) -> its part of the logits, (B, K).
 
     The k feature vectors of a tuple are concatenated in time order; then ReLU, linear, ReLU,
-    linear. tuples (n, k) holds frame indices. None means tuples drawn at random in training, and
-    all tuples in evaluation.
+    linear. hidden: features between the two linear layers.
     """
 
     def __init__(self, frames, scale, hidden, num_classes):
         super().__init__()
-        self.scale = scale  # k
-        self.hidden = nn.Linear(256 * scale, hidden)
-        self.fc = nn.Linear(hidden, num_classes)
+        self.fc1 = nn.Linear(scale * FRAME_FEATURES, hidden)
+        self.fc2 = nn.Linear(hidden, num_classes)
 
-        # all increasing tuples of k frame indices; a buffer, so that model.to() moves them too
+        # all R increasing tuples of k frame indices; a buffer, so that model.to() moves them too
         tuples = torch.tensor(list(itertools.combinations(range(frames), scale)))
-        self.register_buffer("tuples", tuples, persistent=False)  # (R_k, k)
-        self.terms = min(3, len(tuples))  # n_k; 3 as in TRN-pytorch and mmaction2
+        self.register_buffer("tuples", tuples, persistent=False)  # (R, k)
+        self.draws = min(3, len(tuples))  # in training; as in TRN-pytorch and mmaction2
 
-    def forward(self, f, tuples=None):
-        # Training draws n_k of all tuples without replacement, the same for the whole batch.
-        # randperm uses PyTorch's CPU generator, so the draw is the same on any device.
-        if tuples is None:
-            tuples = self.tuples
-            if self.training:
-                drawn = torch.randperm(len(tuples))[: self.terms]
-                tuples = tuples[drawn.to(tuples.device)]
+    def forward(self, f):
+        # Training draws n tuples, the same for the whole batch. In evaluation n is R: all tuples.
+        tuples = self.tuples
+        if self.training:
+            drawn = torch.randperm(len(tuples))[: self.draws]  # on the CPU, whatever the device
+            tuples = tuples[drawn.to(tuples.device)]
 
         x = torch.relu(f)  # (B, T, 256)
         x = x[:, tuples]  # (B, n, k, 256), the frames of every tuple
         x = x.flatten(2)  # (B, n, k*256)
-        x = torch.relu(self.hidden(x))  # (B, n, h)
+        x = torch.relu(self.fc1(x))  # (B, n, hidden)
 
-        # TRN-pytorch and mmaction2 add up the logits of n_k tuples, which is n_k times their mean.
-        # The mean before the last linear layer gives the same, and that layer sees one vector.
-        x = x.mean(dim=1)  # (B, h)
-        return self.terms * self.fc(x)  # (B, K)
+        # Adding up the logits of n tuples is n times their mean. The mean can be taken before the
+        # last linear layer, which then sees one vector instead of n. In evaluation the mean is over
+        # all tuples, and still multiplied by the number of draws.
+        x = x.mean(dim=1)  # (B, hidden)
+        return self.draws * self.fc2(x)  # (B, K)
 
 
 class TRN(nn.Module):
     """clip (B, T, 3, H, W), normalised -> logits (B, K).
 
-    segments is T; a clip of another length raises a ValueError. backbone is resnet18, resnet50 or
-    resnet101. multiscale means all scales from T to 2, for a T of at most 10; otherwise T is the
-    only scale. dropout is a probability.
+    frames: T; a clip of another length raises a ValueError.
+    backbone: resnet18, resnet50 or resnet101 of torchvision.
+    dropout: a probability.
+    multiscale: all scales from T to 2, for a T of at most 10; otherwise T is the only one.
     """
 
-    def __init__(self, num_classes, segments=8, backbone="resnet50", multiscale=True, dropout=0.5):
+    def __init__(self, num_classes, frames=8, backbone="resnet50", dropout=0.5, multiscale=True):
         super().__init__()
-        if multiscale and segments < 2:
-            raise ValueError(
-                f"a multiscale TRN takes 2 to 10 frames, got {segments}, which makes no pair"
-            )
-        if multiscale and segments > 10:  # evaluation looks at all tuples
-            tuples = 2**segments - segments - 1
-            raise ValueError(
-                f"a multiscale TRN takes 2 to 10 frames, got {segments}, "
-                f"whose {tuples:,} tuples are too many"
-            )
-        self.frames = segments
+        if multiscale and not 2 <= frames <= 10:  # evaluation sees all 2**T - T - 1 tuples
+            raise ValueError(f"a multiscale TRN takes 2 to 10 frames, got {frames}")
+        self.frames = frames
 
         # the 2D network, without its own classifier
-        self.backbone = torchvision.models.get_model(backbone, weights=None)
-        if not isinstance(self.backbone, torchvision.models.ResNet):
-            raise ValueError(f"backbone {backbone} is not one of torchvision's ResNets")
+        self.backbone = image_network(backbone)
         features = self.backbone.fc.in_features  # D
         self.backbone.fc = nn.Identity()
 
         # the frame layer, where the other models have their classifier
         self.dropout = nn.Dropout(dropout)
-        self.frame = nn.Linear(features, 256)
-        nn.init.normal_(self.frame.weight, std=0.001)  # as TSN's classifier
+        self.frame = nn.Linear(features, FRAME_FEATURES)
+        nn.init.normal_(self.frame.weight, std=0.001)  # as in the authors' code
         nn.init.zeros_(self.frame.bias)
 
-        # the scales, and the width of each relation's hidden layer; as in TRN-pytorch and mmaction2
+        # the scales, and the width of their hidden layers, as in TRN-pytorch and mmaction2
         if multiscale:
-            scales = range(segments, 1, -1)  # T, T - 1, ... 2
+            scales = range(frames, 1, -1)  # T, T - 1, ... 2
             hidden = 256
         else:
-            scales = [segments]
+            scales = [frames]
             hidden = 512
 
-        # one small network per scale
+        # a small network for every scale
         self.relations = nn.ModuleList()
         for scale in scales:
-            self.relations.append(Relation(segments, scale, hidden, num_classes))
+            self.relations.append(Relation(frames, scale, hidden, num_classes))
 
     def features(self, clip):
         """clip (B, T, 3, H, W) -> what the relations see of each frame, (B, T, 256)."""
@@ -128,73 +118,86 @@ class TRN(nn.Module):
         x = self.dropout(x)
         return self.frame(x)  # (B, T, 256)
 
-    def forward(self, clip, tuples=None):
-        """tuples, to replay a choice: {scale: (n, scale) frame indices}, with every scale."""
-        f = self.features(clip)  # (B, T, 256)
-
-        logits = 0
-        for relation in self.relations:
-            chosen = None
-            if tuples is not None:
-                chosen = tuples[relation.scale]
-            logits = logits + relation(f, chosen)  # (B, K)
-        return logits
+    def forward(self, clip):
+        x = self.features(clip)  # (B, T, 256)
+        return sum(relation(x) for relation in self.relations)  # (B, K)
 
 
 def build(recipe, num_classes):
     """The network of a row of RECIPES."""
     return TRN(
         num_classes,
-        segments=recipe["frames"],
+        frames=recipe["frames"],
         backbone=recipe["backbone"],
-        multiscale=recipe["multiscale"],
         dropout=recipe["dropout"],
+        multiscale=recipe["multiscale"],
     )
 
 
-# The report has no row for TRN; this one follows its other image models. A row holds what build()
-# needs, and what differs from the settings in data.py, evaluate.py and train.py. In the comments,
-# "report" means that the report says so. "ours" means that the report is silent; what we follow, or
-# why, comes after it.
+# A row like the report's other ones, and the toy. A row holds what build() needs, and what differs
+# from the settings in data.py, evaluate.py and train.py. "report" in a comment: it says so. "ours":
+# it does not.
+SHARED = dict(
+    frames=8,  # T; ours: as TRN-pytorch and mmaction2
+    multiscale=True,  # all scales from T to 2; ours: as most public weights
+)
 RECIPES = {
-    "r50_8f": dict(
-        frames=8,  # T; ours: the default of TRN-pytorch and mmaction2
-        backbone="resnet50",  # the 2D network; ours: that of mmaction2
-        multiscale=True,  # all scales from T to 2; ours: as most public weights
-        dropout=0.5,  # probability, before the frame layer; ours: as the report's image models
-    ),
-    # The relations begin with a ReLU, so a frame feature that is always negative is dead: it gets
-    # no gradient any more. With the report's lr and clip_grad 2 % of the 256 features were left
-    # after 40 steps, too few to tell every video from its reversal; with the values below at least
-    # a sixth were left after 240 steps.
+    "r50_8f": dict(SHARED, backbone="resnet50", dropout=0.5),  # ours: as the report's other rows
     "toy": dict(
-        frames=8,
+        SHARED,
         backbone="resnet18",
-        multiscale=True,
-        dropout=0.0,  # ours: 0.2 was no better
+        dropout=0.0,
 
-        # ours: small and smooth steps, against dead features
+        # ours: small, smooth steps. The relations begin with a ReLU, so a feature that is negative
+        # in every frame gets no gradient any more. Larger steps leave too few features alive.
         lr=0.02,
         clip_grad=1.0,  # largest gradient norm
-        warmup=75,  # steps, one epoch
         nesterov=True,
+        warmup=75,  # steps: one epoch
 
-        # ours: the full rate almost to the end. mAP 92 to 93 with two seeds; it was 91.7 without
-        # nesterov, and 86.1 with a cosine over 12 epochs.
+        # ours: the full rate almost to the end
         epochs=18,
         schedule="step",
         milestones=(17,),
     ),
 }
 
-# mAP; the report has no figure: "it doesn't work well in our attempt"
+# mAP; the report has no figure for TRN
 REPORTED = {"r50_8f": None}
 
 
-# ---- other people's weights: skip on first reading ----------------------------------------------
+# ==== Skip on first reading: other people's weights ===============================================
 
-# Patterns of other repositories' keys, and our names for them. A pattern must match the whole key,
-# so that the files of other networks are refused.
+# ---- the 2D network ------------------------------------------------------------------------------
+
+def image_network(name):
+    """torchvision's ResNet of this name, with random weights."""
+    network = torchvision.models.get_model(name, weights=None)
+    if not isinstance(network, torchvision.models.ResNet):
+        raise ValueError(f"backbone {name} is not one of torchvision's ResNets")
+    return network
+
+
+# ---- public weights ------------------------------------------------------------------------------
+#
+#     python evaluate.py --model trn --weights FILE FLAGS --data DATA
+#
+# train.py --init FILE reads the same files. Where they are published, which networks, which FLAGS:
+#
+#   github.com/zhoubolei/TRN-pytorch
+#       ResNet-50                                   none
+#   github.com/open-mmlab/mmaction2, model zoo 1.x
+#       ResNet-50                                   none
+#
+# A network for videos of one label each, as of Kinetics, needs --loss ce too, one of a single scale
+# --no-multiscale. Sizes and normalisation leave no trace in a file, so nothing can notice a wrong
+# one. What does not load: networks on BNInception or InceptionV3.
+
+
+# ---- their names and ours ------------------------------------------------------------------------
+
+# Patterns of their keys, and our names for them. A pattern must match the whole key, so that the
+# files of other networks are refused.
 #   base_model.          TRN-pytorch, X-Temporal, tsn-pytorch, temporal-shift-module
 #   .conv. and .bn.      mmaction2, where a convolution and its batch norm are one module
 BACKBONE = r"(?:base_model\.|backbone\.)?"
@@ -215,10 +218,10 @@ KEYS = [
 
     # the relations: in these files module 0 is of scale T, module 1 of scale T - 1 and so on;
     # "classifier" is the only scale of a network that is not multiscale
-    (CONSENSUS + r"fc_fusion_scales\.(\d+)\.1\.(weight|bias)", r"relations.\1.hidden.\2"),
-    (CONSENSUS + r"fc_fusion_scales\.(\d+)\.3\.(weight|bias)", r"relations.\1.fc.\2"),
-    (CONSENSUS + r"classifier\.1\.(weight|bias)", r"relations.0.hidden.\1"),
-    (CONSENSUS + r"classifier\.3\.(weight|bias)", r"relations.0.fc.\1"),
+    (CONSENSUS + r"fc_fusion_scales\.(\d+)\.1\.(weight|bias)", r"relations.\1.fc1.\2"),
+    (CONSENSUS + r"fc_fusion_scales\.(\d+)\.3\.(weight|bias)", r"relations.\1.fc2.\2"),
+    (CONSENSUS + r"classifier\.1\.(weight|bias)", r"relations.0.fc1.\1"),
+    (CONSENSUS + r"classifier\.3\.(weight|bias)", r"relations.0.fc2.\1"),
     (r"(relations\..+)", r"\1"),
 
     # the frame layer, which has the names of another network's classifier
@@ -227,54 +230,32 @@ KEYS = [
 
 
 def our_name(key):
-    """Another repository's key -> ours. ValueError if this network has no such tensor."""
-    # DataParallel puts "module." before every key, and torch.compile puts "_orig_mod.".
-    bare_key = re.sub(r"^(module\.|_orig_mod\.)+", "", key)
-
+    """Another project's key -> ours. ValueError if this network has no such tensor."""
     for pattern, name in KEYS:
-        match = re.fullmatch(pattern, bare_key)
+        match = re.fullmatch(pattern, key)
         if match:
             return match.expand(name)
     raise ValueError(f"{__name__}.py has no place for the key {key}")
 
 
-def convert(checkpoint):
-    """A checkpoint of another repository, as read from its file -> a state dict in our names.
+def convert(tensors):
+    """{key: tensor} of a file in another project's names, or ours -> our state dict.
 
     - ours, and the TRN files of TRN-pytorch and mmaction2: complete
     - the TSN files of X-Temporal, tsn-pytorch, temporal-shift-module and mmaction2: the backbone
       alone
     - torchvision's ImageNet ResNets: the backbone alone
 
-    A file with any other key raises a ValueError.
+    evaluate.tensors_of takes the tensors out of a file. Without it:
+    {key.removeprefix("module."): x for key, x in torch.load(FILE)["state_dict"].items()}
     """
-    # The tensors may be in a dict of their own, beside the optimiser's state and the epoch.
-    tensors = checkpoint
-    for container in ["state_dict", "model", "model_state", "model_state_dict", "net"]:
-        if isinstance(checkpoint.get(container), dict):
-            tensors = checkpoint[container]
-            break
-
     state = {}
     for key, tensor in tensors.items():
-        name = our_name(str(key))
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{__name__}.py needs a tensor under the key {key}")
-        state[name] = tensor
+        state[our_name(key)] = tensor
 
     # A file without relations is another network's, and what we call the frame layer is its
     # classifier, which is left out.
-    has_relations = any(name.startswith("relations.") for name in state)
-    if not has_relations:
+    if not any(name.startswith("relations.") for name in state):
         state.pop("frame.weight", None)
         state.pop("frame.bias", None)
-
-    if not state:
-        raise ValueError(f"{__name__}.py finds no tensors in the checkpoint")
-
-    # Files from before PyTorch 0.4.1 lack the number of batches that a batch norm has seen.
-    for name in list(state):
-        if name.endswith("running_var"):
-            count = name.replace("running_var", "num_batches_tracked")
-            state.setdefault(count, torch.tensor(0))
     return state

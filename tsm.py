@@ -1,8 +1,8 @@
-"""TSM, the Temporal Shift Module: a 2D ResNet in which some channels are shifted along time.
+"""TSM, the Temporal Shift Module: a 2D network that shifts some channels along time.
 
 One eighth of the channels moves one frame earlier and one eighth one frame later. The convolution
 that follows looks at a single frame, but now it finds features of both neighbours there. The shift
-has no weights and no multiplications: TSM costs what TSN does, the same ResNet without a shift.
+has no weights and no multiplications, so TSM costs what TSN does.
 
 Report: arXiv 2003.05837, section 1.3 and Table 1.
 Paper: Lin, Gan and Han, "TSM: Temporal Shift Module", arXiv 1811.08383.
@@ -31,14 +31,13 @@ import torchvision
 def temporal_shift(x):
     """Move the first C/8 channels one frame earlier and the next C/8 channels one frame later.
 
-    x (B, T, C, H, W) -> the same shape and memory layout. Gradients move the opposite way: a value
-    that was dropped gets 0, and the gradient of a zero that was filled in is lost.
+    x (B, T, C, H, W) -> the same shape and memory layout.
 
     A figure in the paper shows the two directions the other way round. The weights that its authors
     released need the directions used here.
     """
-    # If x is channels_last, move its channels to the last axis: torch.cat of five-dimensional
-    # tensors returns contiguous memory, so the result will then have the layout of x.
+    # If the channels of x lie innermost in memory (channels_last), make them the last axis. The
+    # result then lies in memory as x does, since torch.cat returns contiguous memory.
     axis = 4 if x.stride(2) == 1 else 2
     x = x.movedim(2, axis)
 
@@ -46,19 +45,18 @@ def temporal_shift(x):
     others = x.shape[axis] - 2 * eighth
     earlier, later, kept = x.split([eighth, eighth, others], dim=axis)
 
-    # pad takes two numbers per axis, from the last axis to the first. Time is the fourth axis from
-    # the end, wherever the channels are. (-1, 1) drops the first frame and adds a frame of zeros
-    # after the last.
-    earlier = nn.functional.pad(earlier, (0, 0, 0, 0, 0, 0, -1, 1))
-    later = nn.functional.pad(later, (0, 0, 0, 0, 0, 0, 1, -1))
+    # drop a frame at one end, and fill the gap at the other one with a frame of zeros
+    zeros = torch.zeros_like(earlier[:, :1])
+    earlier = torch.cat([earlier[:, 1:], zeros], dim=1)
+    later = torch.cat([zeros, later[:, :-1]], dim=1)
 
     x = torch.cat([earlier, later, kept], dim=axis)
     return x.movedim(axis, 2)
 
 
-def residual(block, x, moved):
-    """torchvision's residual block, with `moved` on the main path and x on the shortcut."""
-    y = block.conv1(moved)
+def residual(block, x, shifted):
+    """torchvision's residual block, with `shifted` on the main path and x on the shortcut."""
+    y = block.conv1(shifted)
     y = block.bn1(y)
     y = block.relu(y)
     y = block.conv2(y)
@@ -77,17 +75,18 @@ def residual(block, x, moved):
 class TSM(nn.Module):
     """clip (B, T, 3, H, W), normalised -> logits (B, K).
 
-    frames is T; a clip of another length raises a ValueError. depth is the ResNet's: 18, 50 or 101.
-    dropout is a probability. shift_every=n shifts in the blocks 0, n, 2n ... of every stage; with
-    None, n depends on the depth (see below).
+    frames: T; a clip of another length raises a ValueError.
+    backbone: resnet18, resnet50 or resnet101 of torchvision.
+    dropout: a probability.
+    shift_every: n shifts in the blocks 0, n, 2n ... of every stage.
     """
 
-    def __init__(self, num_classes, frames=8, depth=50, dropout=0.5, shift_every=None):
+    def __init__(self, num_classes, frames=8, backbone="resnet50", dropout=0.5, shift_every=None):
         super().__init__()
         self.frames = frames
 
         # the 2D network, without its own classifier
-        self.backbone = torchvision.models.get_model(f"resnet{depth}", weights=None)
+        self.backbone = image_network(backbone)
         features = self.backbone.fc.in_features  # D
         self.backbone.fc = nn.Identity()
 
@@ -97,17 +96,8 @@ class TSM(nn.Module):
         nn.init.normal_(self.fc.weight, std=0.001)  # logits start near 0, as in the authors' code
         nn.init.zeros_(self.fc.bias)
 
-        # The default is what the weights that TSM's authors released need: a shift in every block,
-        # and in networks deeper than ResNet-50 in every second one. The report's authors shift in
-        # every block at any depth, so RECIPES says 1.
-        if shift_every is not None:
-            self.shift_every = shift_every
-        elif depth <= 50:
-            self.shift_every = 1
-        else:
-            self.shift_every = 2
-        if self.shift_every < 1:
-            raise ValueError(f"shift_every is {shift_every}, but must be at least 1")
+        # RECIPES says 1, every block. The default is what the weights of TSM's authors need.
+        self.shift_every = choose_shift_every(shift_every, backbone)
 
     def features(self, clip):
         """clip (B, T, 3, H, W) -> what the classifier sees of each frame, (B, T, D)."""
@@ -127,12 +117,13 @@ class TSM(nn.Module):
         # its four stages of residual blocks
         for stage in ["layer1", "layer2", "layer3", "layer4"]:
             for i, block in enumerate(getattr(net, stage)):
-                moved = x
                 if i % self.shift_every == 0:
-                    moved = moved.unflatten(0, (-1, self.frames))  # (B, T, C, H, W)
-                    moved = temporal_shift(moved)
-                    moved = moved.flatten(0, 1)  # (B*T, C, H, W)
-                x = residual(block, x, moved)
+                    shifted = x.unflatten(0, (-1, self.frames))  # (B, T, C, H, W)
+                    shifted = temporal_shift(shifted)
+                    shifted = shifted.flatten(0, 1)  # (B*T, C, H, W)
+                    x = residual(block, x, shifted)
+                else:
+                    x = block(x)
 
         x = net.avgpool(x)  # (B*T, D, 1, 1)
         x = x.flatten(1)  # (B*T, D)
@@ -150,50 +141,78 @@ def build(recipe, num_classes):
     return TSM(
         num_classes,
         frames=recipe["frames"],
-        depth=recipe["depth"],
+        backbone=recipe["backbone"],
         dropout=recipe["dropout"],
         shift_every=recipe["shift_every"],
     )
 
 
 # The rows of the report's Table 1, and the toy. A row holds what build() needs, and what differs
-# from the settings in data.py, evaluate.py and train.py. In the comments, "report" means that the
-# report says so. "ours" means that the report is silent; what we follow, or why, comes after it.
+# from the settings in data.py, evaluate.py and train.py. "report" in a comment: it says so. "ours":
+# it does not.
+SHARED = dict(
+    dropout=0.5,  # probability, before the classifier; report
+    shift_every=1,  # in every block; ours: the code of the report's authors
+)
 RECIPES = {
-    "r50_8f": dict(
-        frames=8,  # T; report
-        depth=50,  # of the ResNet; report
-        dropout=0.5,  # probability, before the classifier; report
-        shift_every=1,  # every block; ours: the code of the report's authors
-    ),
-    "r50_16f": dict(
-        frames=16,
-        depth=50,
-        dropout=0.5,
-        shift_every=1,
-    ),
-    "r101_8f": dict(
-        frames=8,
-        depth=101,
-        dropout=0.5,
-        shift_every=1,
-    ),
-    "toy": dict(
-        frames=8,
-        depth=18,
-        dropout=0.5,
-        shift_every=1,
-    ),
+    "r50_8f": dict(SHARED, frames=8, backbone="resnet50"),  # report
+    "r50_16f": dict(SHARED, frames=16, backbone="resnet50"),  # report
+    "r101_8f": dict(SHARED, frames=8, backbone="resnet101"),  # report
+    "toy": dict(SHARED, frames=8, backbone="resnet18"),  # ours
 }
 
-# mAP in percent on M-MiT's validation set, one view (clip and crop) a video; report, Table 1
+# mAP in percent on the validation set, one view (clip and crop) a video; report, Table 1
 REPORTED = {"r50_8f": 59.85, "r50_16f": 61.12, "r101_8f": 61.06}
 
 
-# ---- other people's weights: skip on first reading ----------------------------------------------
+# ==== Skip on first reading: other people's weights ===============================================
 
-# Patterns of other repositories' keys, and our names for them. A pattern must match the whole key,
-# so that the files of other networks are refused.
+# ---- the 2D network ------------------------------------------------------------------------------
+
+def image_network(name):
+    """torchvision's ResNet of this name, with random weights."""
+    network = torchvision.models.get_model(name, weights=None)
+    if not isinstance(network, torchvision.models.ResNet):
+        raise ValueError(f"backbone {name} is not one of torchvision's ResNets")
+    return network
+
+
+# ---- the blocks that shift -----------------------------------------------------------------------
+
+def choose_shift_every(shift_every, backbone):
+    """TSM's shift_every. None is the rule of TSM's authors, whose weights need it: every block, and
+    in networks deeper than ResNet-50 every second one. The report's authors shift in every block.
+    """
+    if shift_every is None:
+        return 2 if backbone in ("resnet101", "resnet152") else 1
+    if shift_every < 1:
+        raise ValueError(f"shift_every is {shift_every}, but must be at least 1")
+    return shift_every
+
+
+# ---- public weights ------------------------------------------------------------------------------
+#
+#     python evaluate.py --model tsm --weights FILE FLAGS --data DATA
+#
+# train.py --init FILE reads the same files. Where they are published, which networks, which FLAGS:
+#
+#   github.com/mit-han-lab/temporal-shift-module
+#       ResNet-50                                   none, or --recipe r50_16f for 16 frames
+#       ResNet-101                                  --recipe r101_8f --shift-every 2
+#   github.com/open-mmlab/mmaction2, model zoo 1.x
+#       ResNet-50                                   none, or --recipe r50_16f for 16 frames
+#       ResNet-101                                  --recipe r101_8f --shift-every 2
+#
+# A network for videos of one label each, as of Kinetics, needs --loss ce too. The number of frames,
+# shift_every, sizes and normalisation leave no trace in a file, so nothing can notice a wrong one.
+# What does not load: networks with non-local blocks, temporal pooling, or a shift before the whole
+# block.
+
+
+# ---- their names and ours ------------------------------------------------------------------------
+
+# Patterns of their keys, and our names for them. A pattern must match the whole key, so that the
+# files of other networks are refused.
 #   base_model.          X-Temporal, tsn-pytorch, temporal-shift-module
 #   .conv. and .bn.      mmaction2, where a convolution and its batch norm are one module
 #   .net.                the convolution that comes after a shift
@@ -219,51 +238,29 @@ KEYS = [
 
 
 def our_name(key):
-    """Another repository's key -> ours. ValueError if this network has no such tensor."""
-    # DataParallel puts "module." before every key, and torch.compile puts "_orig_mod.".
-    bare_key = re.sub(r"^(module\.|_orig_mod\.)+", "", key)
-
+    """Another project's key -> ours. ValueError if this network has no such tensor."""
     for pattern, name in KEYS:
-        match = re.fullmatch(pattern, bare_key)
+        match = re.fullmatch(pattern, key)
         if match:
             return match.expand(name)
     raise ValueError(f"{__name__}.py has no place for the key {key}")
 
 
-def convert(checkpoint):
-    """A checkpoint of another repository, as read from its file -> a state dict in our names.
+def convert(tensors):
+    """{key: tensor} of a file in another project's names, or ours -> our state dict.
 
     - ours, and the TSM files of X-Temporal, temporal-shift-module and mmaction2: complete
     - the TSN files of the same people and of tsn-pytorch: complete, as the shift has no weights
     - torchvision's ImageNet ResNets: the backbone alone
 
-    A file with any other key raises a ValueError.
+    evaluate.tensors_of takes the tensors out of a file. Without it:
+    {key.removeprefix("module."): x for key, x in torch.load(FILE)["state_dict"].items()}
     """
-    # The tensors may be in a dict of their own, beside the optimiser's state and the epoch.
-    tensors = checkpoint
-    for container in ["state_dict", "model", "model_state", "model_state_dict", "net"]:
-        if isinstance(checkpoint.get(container), dict):
-            tensors = checkpoint[container]
-            break
-
-    # torchvision's own files have this key. Their classifier, for the 1,000 classes of ImageNet, is
-    # left out.
-    from_imagenet = "conv1.weight" in tensors
-
     state = {}
     for key, tensor in tensors.items():
-        name = our_name(str(key))
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{__name__}.py needs a tensor under the key {key}")
-        if from_imagenet and name.startswith("fc.") and len(tensor) == 1000:
-            continue
-        state[name] = tensor
-    if not state:
-        raise ValueError(f"{__name__}.py finds no tensors in the checkpoint")
+        state[our_name(key)] = tensor
 
-    # Files from before PyTorch 0.4.1 lack the number of batches that a batch norm has seen.
-    for name in list(state):
-        if name.endswith("running_var"):
-            count = name.replace("running_var", "num_batches_tracked")
-            state.setdefault(count, torch.tensor(0))
+    # torchvision's ImageNet file has this key. Its classifier, for 1,000 classes, is left out.
+    if "conv1.weight" in tensors and len(state.get("fc.bias", [])) == 1000:
+        del state["fc.weight"], state["fc.bias"]
     return state

@@ -25,23 +25,17 @@ import torchvision
 class TSN(nn.Module):
     """clip (B, T, 3, H, W), normalised -> logits (B, K).
 
-    segments (the paper's word) is T; a clip of another length raises a ValueError. backbone is
-    resnet18, resnet50, resnet101, inception_resnet_v2 or senet154. dropout is a probability.
+    frames: T; a clip of another length raises a ValueError.
+    backbone: resnet18, resnet50 or resnet101 of torchvision, inception_resnet_v2 or senet154.
+    dropout: a probability.
     """
 
-    def __init__(self, num_classes, segments=5, backbone="resnet101", dropout=0.5):
+    def __init__(self, num_classes, frames=5, backbone="resnet101", dropout=0.5):
         super().__init__()
-        self.frames = segments
+        self.frames = frames
 
         # the 2D network, without its own classifier
-        if backbone == "inception_resnet_v2":
-            self.backbone = inception_resnet_v2()  # at the end of this file
-        elif backbone == "senet154":
-            self.backbone = senet154()
-        else:
-            self.backbone = torchvision.models.get_model(backbone, weights=None)
-            if not isinstance(self.backbone, torchvision.models.ResNet):
-                raise ValueError(f"backbone {backbone} is not one of torchvision's ResNets")
+        self.backbone = image_network(backbone)
         features = self.backbone.fc.in_features  # D
         self.backbone.fc = nn.Identity()
 
@@ -72,55 +66,88 @@ def build(recipe, num_classes):
     """The network of a row of RECIPES."""
     return TSN(
         num_classes,
-        segments=recipe["frames"],
+        frames=recipe["frames"],
         backbone=recipe["backbone"],
         dropout=recipe["dropout"],
     )
 
 
 # The rows of the report's Table 1, and the toy. A row holds what build() needs, and what differs
-# from the settings in data.py, evaluate.py and train.py. In the comments, "report" means that the
-# report says so. "ours" means that the report is silent; what we follow, or why, comes after it.
+# from the settings in data.py, evaluate.py and train.py. "report" in a comment: it says so. "ours":
+# it does not.
+SHARED = dict(dropout=0.5)  # probability, before the classifier; report
+HALF = (0.5, 0.5, 0.5)  # ours: what public weights of Inception-ResNet-v2 expect
+INCEPTION = dict(init="none", mean=HALF, std=HALF)  # init: torchvision has no weights for it
 RECIPES = {
-    "r101_5f": dict(
-        frames=5,  # T; report
-        backbone="resnet101",  # the 2D network; report
-        dropout=0.5,  # probability, before the classifier; report
-    ),
-    "inception_resnet_v2_5f": dict(
-        frames=5,
-        backbone="inception_resnet_v2",
-        dropout=0.5,
-        mean=(0.5, 0.5, 0.5),  # of RGB in 0..1; ours: what its public ImageNet weights expect
-        std=(0.5, 0.5, 0.5),  # the same
-        init="none",  # ours: torchvision has no weights for it
-    ),
-    "senet154_5f": dict(
-        frames=5,
-        backbone="senet154",
-        dropout=0.5,
-        init="none",  # ours: torchvision has no weights for it
-    ),
-    "toy": dict(
-        frames=8,  # ours: as many as the toys of TSM, TIN and TRN
-        backbone="resnet18",
-        dropout=0.5,
-    ),
+    "r101_5f": dict(SHARED, frames=5, backbone="resnet101"),  # report
+    "inception_resnet_v2_5f": dict(SHARED, frames=5, backbone="inception_resnet_v2", **INCEPTION),
+    "senet154_5f": dict(SHARED, frames=5, backbone="senet154", init="none"),  # the same
+    "toy": dict(SHARED, frames=8, backbone="resnet18"),  # ours
 }
 
-# mAP in percent on M-MiT's validation set, one view (clip and crop) a video; report, Table 1
+# mAP in percent on the validation set, one view (clip and crop) a video; report, Table 1
 REPORTED = {"r101_5f": 58.92, "inception_resnet_v2_5f": 57.45, "senet154_5f": 53.19}
 
 
-# ---- other people's weights: skip on first reading ----------------------------------------------
+# ==== Skip on first reading: other people's weights; Inception-ResNet-v2 and SENet-154 ============
 
-# Patterns of other repositories' keys, and our names for them. A pattern must match the whole key,
-# so that the files of other networks are refused.
+# ---- the 2D network ------------------------------------------------------------------------------
+
+def image_network(name):
+    """The 2D network of this name, with random weights and a classifier `fc`."""
+    if name == "inception_resnet_v2":
+        return inception_resnet_v2()
+    if name == "senet154":
+        return senet154()
+
+    network = torchvision.models.get_model(name, weights=None)
+    if not isinstance(network, torchvision.models.ResNet):
+        raise ValueError(f"backbone {name} is not one of torchvision's ResNets")
+    return network
+
+
+# ---- public weights ------------------------------------------------------------------------------
+#
+#     python evaluate.py --model tsn --weights FILE FLAGS --data DATA
+#
+# train.py --init FILE reads the same files. Where they are published, which networks, which FLAGS:
+#
+#   github.com/Sense-X/X-Temporal, ModelZoo.md
+#       ResNet-101 for M-MiT                        none
+#   github.com/open-mmlab/mmaction2, tsn_r101_1x1x5_50e_mmit_rgb_20200618-642f450d.pth
+#       ResNet-101 for M-MiT                        --test-crop 256
+#   github.com/open-mmlab/mmaction2, model zoo 1.x
+#       ResNet-50                                   --backbone resnet50 --frames 8
+#   github.com/mit-han-lab/temporal-shift-module
+#       ResNet-50                                   --backbone resnet50 --frames 8
+#   github.com/yjxiong/tsn-pytorch
+#       ResNet-101                                  none
+#   github.com/zhoubolei/moments_models
+#       ResNet-50 of one frame                      --backbone resnet50 --frames 1
+#   timm, and github.com/Cadene/pretrained-models.pytorch: ImageNet, for train.py --init alone
+#       legacy_senet154, senet154 in Cadene's       --recipe senet154_5f
+#       inception_resnet_v2                         --recipe inception_resnet_v2_5f
+#
+# A network for videos of one label each, as of Kinetics, needs --loss ce too. The number of frames,
+# sizes and normalisation leave no trace in a file, so nothing can notice a wrong one. What does not
+# load: networks on BNInception or InceptionV3, timm's senet154.gluon_in1k, files of MMAction 0.x.
+
+
+# ---- their names and ours ------------------------------------------------------------------------
+
+# Patterns of their keys, and our names for them. A pattern must match the whole key, so that the
+# files of other networks are refused.
 #   base_model.          X-Temporal, tsn-pytorch, temporal-shift-module
 #   .conv. and .bn.      mmaction2, where a convolution and its batch norm are one module
 BACKBONE = r"(?:base_model\.|backbone\.)?"
 BLOCK = BACKBONE + r"(layer[1-4]\.\d+)\."
 NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
+SENET = r"(layer0\.(?:conv|bn)[123]|layer[1-4]\.\d+\.se_module\.fc[12])\."
+INCEPTION_RESNET = (
+    r"((?:conv2d_\d[ab]|mixed_\d[ab]|repeat(?:_[12])?\.\d+|block8)"  # a unit, or a block ...
+    r"(?:\.branch\d(?:\.\d)?)?"  # ... its branch, and a unit of that
+    r"\.(?:conv|conv2d|bn))\."
+)
 KEYS = [
     # the ResNet's first layers
     (BACKBONE + r"conv1\.(?:conv\.)?weight", r"backbone.conv1.weight"),
@@ -133,82 +160,51 @@ KEYS = [
     (BLOCK + r"downsample\.(?:0|conv)\.weight", r"backbone.\1.downsample.0.weight"),
     (BLOCK + r"downsample\.(?:1|bn)\." + NORM, r"backbone.\1.downsample.1.\2"),
 
-    # the classifier
+    # the two large networks; the other names of SENet-154 are a ResNet's
+    (BACKBONE + SENET + NORM, r"backbone.\1.\2"),
+    (BACKBONE + INCEPTION_RESNET + NORM, r"backbone.\1.\2"),
+
+    # the classifier; in ImageNet's files classif (timm) or last_linear (Cadene)
     (r"(?:fc|new_fc|base_model\.fc|cls_head\.fc_cls)\.(weight|bias)", r"fc.\1"),
+    (BACKBONE + r"(?:fc|classif|last_linear)\.(weight|bias)", r"fc.\1"),
 ]
 
 
 def our_name(key):
-    """Another repository's key -> ours. ValueError if this network has no such tensor."""
-    # DataParallel puts "module." before every key, and torch.compile puts "_orig_mod.".
-    bare_key = re.sub(r"^(module\.|_orig_mod\.)+", "", key)
-
+    """Another project's key -> ours. ValueError if this network has no such tensor."""
     for pattern, name in KEYS:
-        match = re.fullmatch(pattern, bare_key)
+        match = re.fullmatch(pattern, key)
         if match:
             return match.expand(name)
     raise ValueError(f"{__name__}.py has no place for the key {key}")
 
 
-def convert(checkpoint):
-    """A checkpoint of another repository, as read from its file -> a state dict in our names.
+def convert(tensors):
+    """{key: tensor} of a file in another project's names, or ours -> our state dict.
 
     - ours, and the TSN files of X-Temporal, tsn-pytorch, temporal-shift-module, mmaction2 and
       moments_models, also around a backbone with timm's or Cadene's names: complete
     - the ImageNet files of torchvision, timm and Cadene: the backbone alone
 
-    A file with any other key raises a ValueError.
+    evaluate.tensors_of takes the tensors out of a file. Without it:
+    {key.removeprefix("module."): x for key, x in torch.load(FILE)["state_dict"].items()}
     """
-    # The tensors may be in a dict of their own, beside the optimiser's state and the epoch.
-    tensors = checkpoint
-    for container in ["state_dict", "model", "model_state", "model_state_dict", "net"]:
-        if isinstance(checkpoint.get(container), dict):
-            tensors = checkpoint[container]
-            break
-
-    # An image network's own file has one of these keys. Its classifier, for the 1,000 classes of
-    # ImageNet (1,001 in one of Cadene's files), is left out.
-    first_keys = ["conv1.weight", "conv2d_1a.conv.weight", "layer0.conv1.weight"]
-    from_imagenet = any(key in tensors for key in first_keys)
-
     state = {}
     for key, tensor in tensors.items():
-        name = our_name(str(key))
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{__name__}.py needs a tensor under the key {key}")
-        if from_imagenet and name.startswith("fc.") and len(tensor) in (1000, 1001):
-            continue
-        state[name] = tensor
-    if not state:
-        raise ValueError(f"{__name__}.py finds no tensors in the checkpoint")
+        state[our_name(key)] = tensor
 
-    # Files from before PyTorch 0.4.1 lack the number of batches that a batch norm has seen.
-    for name in list(state):
-        if name.endswith("running_var"):
-            count = name.replace("running_var", "num_batches_tracked")
-            state.setdefault(count, torch.tensor(0))
+    # An ImageNet file has one of these keys. Its classifier, for 1,000 classes (1,001 in one of
+    # Cadene's files), is left out.
+    first_keys = {"conv1.weight", "conv2d_1a.conv.weight", "layer0.conv1.weight"}
+    if first_keys & tensors.keys() and len(state.get("fc.bias", [])) in (1000, 1001):
+        del state["fc.weight"], state["fc.bias"]
     return state
 
 
-# ---- two backbones for one row each: skip on first reading --------------------------------------
+# ---- two backbones for one row each --------------------------------------------------------------
 
 # Their modules have the names of the public weights. As in torchvision's networks, the last one is
 # a classifier `fc` for 1,000 classes, which TSN takes off.
-
-SENET = r"(layer0\.(?:conv|bn)[123]|layer[1-4]\.\d+\.se_module\.fc[12])\."
-INCEPTION = (
-    r"((?:conv2d_\d[ab]|mixed_\d[ab]|repeat(?:_[12])?\.\d+|block8)"  # a unit, or a block ...
-    r"(?:\.branch\d(?:\.\d)?)?"  # ... its branch, and a unit of that
-    r"\.(?:conv|conv2d|bn))\."
-)
-KEYS += [
-    (BACKBONE + SENET + NORM, r"backbone.\1.\2"),  # the other names of SENet-154 are a ResNet's
-    (BACKBONE + INCEPTION + NORM, r"backbone.\1.\2"),
-
-    # the classifier: fc here, classif in timm, last_linear in Cadene's files
-    (BACKBONE + r"(?:fc|classif|last_linear)\.(weight|bias)", r"fc.\1"),
-]
-
 
 def unit(inputs, outputs, kernel, stride=1, padding=0):
     """Convolution, batch norm, ReLU: the unit that Inception-ResNet-v2 is made of.

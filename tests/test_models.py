@@ -1,10 +1,9 @@
-"""What all five model files have in common (the copies among them: test_repo.py).
+"""What all five model files have in common.
 
     python -m pytest tests/test_models.py
 
-The rows and figures of the report, sizes, how a network behaves in training, evaluation and export,
-the checkpoints that every converter reads, and that a file works alone. A network is the one of its
-row "toy", on clips of 32 pixels.
+Rows, sizes, behaviour in training, evaluation and export, names of other people's tensors, and that
+a file works alone. A network is the one of its row "toy", on clips of 32 pixels.
 """
 import copy
 import functools
@@ -24,128 +23,46 @@ import train
 import trn
 import tsm
 import tsn
-from conftest import ROOT, close, drawn_clip, fill, python
+from conftest import ROOT, close, drawn_clip, fill, python, remember
 
 IMAGE_MODELS = [tsn, trn, tsm, tin]
 MODELS = [*IMAGE_MODELS, slowfast]
-PAGES = (data.RECIPE, evaluate.RECIPE, train.RECIPE)
+CLASSES = {tsn: tsn.TSN, trn: trn.TRN, tsm: tsm.TSM, tin: tin.TIN, slowfast: slowfast.SlowFast}
 
 
-# ---- the rows of the report ------------------------------------------------------------------
+# ---- rows ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("module, rows", [
-    (tsn, {
-        "r101_5f": (5, 43_141_497, 58.92),
-        "inception_resnet_v2_5f": (5, 54_787_545, 57.45),
-        "senet154_5f": (5, 113_681_321, 53.19),
-        "toy": (8, 11_337_081, None),
-    }),
-    (trn, {
-        "r50_8f": (8, 26_891_215, None),
-        "toy": (8, 14_166_479, None),
-    }),
-    (tsm, {  # as many parameters as TSN: a shift has no weights
-        "r50_8f": (8, 24_149_369, 59.85),
-        "r50_16f": (16, 24_149_369, 61.12),
-        "r101_8f": (8, 43_141_497, 61.06),
-        "toy": (8, 11_337_081, None),
-    }),
-    (tin, {
-        "r50_8f": (8, 24_180_377, 62.23),
-        "r101_8f": (8, 43_213_254, 62.22),
-        "r101_16f": (16, 43_220_382, 62.49),
-        "toy": (8, 11_341_137, None),
-    }),
-    (slowfast, {
-        "r101_8x8": (32, 62_625_192, (59.89, 61.52, 63.52)),
-        "r101_11x8": (44, 62_625_192, (60.41, 61.60, 64.00)),
-        "r101_fast_16x2": (16, 60_750_656, (59.05, 61.55, 63.45)),
-        "r101_fast_32x2": (32, 60_750_656, (62.03, 63.59, 64.81)),
-        "r101_slow_8x4": (8, 60_180_544, (59.02, 61.68, 62.99)),
-        "r101_slow_8x8": (8, 60_180_544, None),
-        "toy": (24, 11_611_176, None),
-    }),
+@pytest.mark.parametrize("module, parameters", [
+    (tsn, [43_141_497, 54_787_545, 113_681_321, 11_337_081]),
+    (trn, [26_891_215, 14_166_479]),
+    (tsm, [24_149_369, 24_149_369, 43_141_497, 11_337_081]),  # a shift has no weights
+    (tin, [24_180_377, 43_213_254, 43_220_382, 11_341_137]),
+    (slowfast, [62_625_192] * 2 + [60_750_656] * 2 + [60_180_544] * 2 + [11_611_176]),
 ])
-def test_every_row_builds_and_has_the_reports_figures(module, rows):
-    """Frames, parameters with 313 classes, and the mAP in the report's tables."""
-    assert list(module.RECIPES) == list(rows)
-    assert [*module.REPORTED, "toy"] == list(rows)
-
-    for row, (frames, parameters, reported) in rows.items():
-        recipe = evaluate.open_model(module.__name__, row)[1]
+def test_parameters_of_every_row(module, parameters):
+    """With M-MiT's 313 classes: the numbers that the authors' networks have."""
+    for recipe, expected in zip(module.RECIPES.values(), parameters, strict=True):
         with torch.device("meta"):  # shapes without memory
             model = module.build(recipe, 313).eval()
-            clip = torch.empty(1, frames, 3, recipe["crop"], recipe["crop"])
-        assert recipe["frames"] == frames
-        assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+            clip = torch.empty(1, recipe["frames"], 3, 112, 112)
+        assert sum(parameter.numel() for parameter in model.parameters()) == expected
         assert model(clip).shape == (1, 313)
-        assert module.REPORTED.get(row) == reported
 
 
-IMAGE = dict(
-    sampling="segments", stride=1, augment="multiscale", crop=224, jitter=(256, 320), flip=True,
-    draft=False, test_resize=256, test_crop=224, clips=5, crops="3", scales=(256,),
-    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
-    loss="bce", loss_scale=160, class_weight="none", batch=64, reference_batch=64, lr=0.01,
-    momentum=0.9, nesterov=False, weight_decay=5e-4, clip_grad=20, dropout=0.5, schedule="step",
-    milestones=(10, 20), epochs=30, iterations=0, warmup=0, sync_bn=False, init="imagenet",
-)
-VIDEO = dict(
-    IMAGE, sampling="clip", stride=2, augment="jitter", crop=112, jitter=(128, 160),
-    test_resize=128, test_crop=112, clips=10, scales=(128, 144, 160),
-    batch=1024, reference_batch=1024, lr=0.2, weight_decay=1e-4, clip_grad=0, schedule="cosine",
-    epochs=0, iterations=180_000, warmup=8000, sync_bn=True, init="none",
-)
-INCEPTION = dict(IMAGE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), init="none")
-TOY = dict(
-    augment="jitter", crop=32, jitter=(36, 36), flip=False, test_resize=36, test_crop=32,
-    loss_scale=10 / 1.7, batch=16, reference_batch=16, iterations=0, init="none",
-)
-
-
-@pytest.mark.parametrize("module, row, expected", [
-    *[(module, None, IMAGE) for module in IMAGE_MODELS],
-    (tsn, "inception_resnet_v2_5f", INCEPTION),
-    (tsm, "r101_8f", {"shift_every": 1}),  # the code of the report's authors, at any depth
-    (slowfast, None, VIDEO),
-    *[(module, "toy", TOY) for module in MODELS],
-])
-def test_a_rows_settings_are_the_reports(module, row, expected):
-    """Without a name it is the file's first row."""
-    recipe = evaluate.open_model(module.__name__, row, PAGES)[1]
-    for key, value in expected.items():
-        assert recipe[key] == value, key
-
-
-@pytest.mark.parametrize("module, constructor", [
-    (tsn, tsn.TSN),
-    (trn, trn.TRN),
-    (tsm, tsm.TSM),
-    (tin, tin.TIN),
-    (slowfast, slowfast.SlowFast),
-])
-def test_build_hands_every_value_of_a_row_to_the_constructor(module, constructor, monkeypatch):
-    """A constructor's own defaults are those of the first row."""
+@pytest.mark.parametrize("module", MODELS)
+def test_build_hands_a_row_to_the_constructor(module, monkeypatch):
+    """Every value; and a constructor's own defaults are those of the first row."""
     first_row = next(iter(module.RECIPES.values()))
-    defaults = {**first_row, "shift_every": None}  # TSM's own default depends on the depth
+    parameters = list(inspect.signature(CLASSES[module]).parameters.values())[1:]
+    for parameter in parameters:
+        if parameter.name != "shift_every":  # TSM's own default depends on the backbone
+            assert parameter.default == first_row[parameter.name]
 
-    def remember(num_classes, **options):
-        return num_classes, options
+    monkeypatch.setattr(module, CLASSES[module].__name__, lambda classes, **options: options)
+    options = module.build(first_row, 10)
+    assert options == {parameter.name: first_row[parameter.name] for parameter in parameters}
 
-    # Any values will do, since build() does not look at them.
-    recipe = {key: f"the recipe's {key}" for key in first_row}
-    monkeypatch.setattr(module, constructor.__name__, remember)
-    num_classes, options = module.build(recipe, 10)
-    assert num_classes == 10
-
-    known = {"frames"}.union(*PAGES)  # the keys that mean something in a row
-    parameters = list(inspect.signature(constructor).parameters.values())
-    for parameter in parameters[1:]:  # after num_classes
-        key = parameter.name.replace("segments", "frames")
-        known.add(key)
-        assert options[parameter.name] == recipe[key]
-        assert parameter.default == defaults[key]
-
+    known = {"frames", *options, *data.RECIPE, *evaluate.RECIPE, *train.RECIPE}
     for row in module.RECIPES.values():
         assert row.keys() <= known
 
@@ -174,18 +91,12 @@ def test_gradients_reach_every_parameter(module):
 
 @pytest.mark.parametrize("module", MODELS)
 @torch.no_grad()
-def test_training_with_dropout_1_drops_every_feature(module):
+def test_dropout_1_drops_every_feature(module):
     model = fill(module.build({**module.RECIPES["toy"], "dropout": 1.0}, 10)).train()
-    seen = []
-
-    def remember(dropout, inputs, output):
-        seen.append((inputs[0], output))
-
-    model.dropout.register_forward_hook(remember)
+    calls = remember(model.dropout)
     model(toy_clip(module, videos=2))
-    [(x, y)] = seen
-    assert x.any()
-    assert not y.any()
+    [(x, y)] = calls
+    assert x.any() and not y.any()
     if module == slowfast:  # its 2048 + 256 features of the video
         assert x.shape == (2, 2304)
     else:  # the features of every frame
@@ -196,31 +107,31 @@ def test_training_with_dropout_1_drops_every_feature(module):
 def test_the_last_layer_over_a_frame_starts_small(module):
     torch.manual_seed(0)
     model = module.build(module.RECIPES["toy"], 313)
-    layer = list(model.children())[2]  # after the backbone and the dropout
+    layer = model.frame if module == trn else model.fc
     assert layer.weight.std().item() == pytest.approx(0.001, rel=0.02)
     assert not layer.bias.any()
 
 
 @pytest.mark.parametrize("module", MODELS)
 @torch.no_grad()
-def test_evaluation_sees_one_video_and_the_order_of_its_frames(module):
+def test_a_batch_is_its_videos_one_by_one(module):
     model = toy(module)
     clip = toy_clip(module, videos=2)
     logits = model(clip)
     assert torch.equal(model(clip), logits)  # nothing is drawn at random
-
-    one_by_one = [model(clip[:1]), model(clip[1:])]
-    close(torch.cat(one_by_one), logits, 1e-5)
-
-    if module != tsn:
+    close(torch.cat([model(clip[:1]), model(clip[1:])]), logits, 1e-5)
+    if module != tsn:  # which does not see the order of frames
         assert (model(clip.flip(1)) - logits).abs().max() > 0.01 * logits.abs().max()
 
 
 @pytest.mark.parametrize("module", IMAGE_MODELS)
-def test_a_clip_of_another_length_is_refused(module):
+def test_unfit_clips_and_backbones_are_refused(module):
     """16 frames would divide by 8, and one video would become two without a word."""
     with pytest.raises(ValueError, match="takes clips of 8 frames, got 16"):
         toy(module)(torch.zeros(1, 16, 3, 32, 32))
+    with torch.device("meta"):
+        with pytest.raises(ValueError, match="backbone vgg11 is not one of torchvision's ResNets"):
+            CLASSES[module](10, backbone="vgg11")
 
 
 @pytest.mark.parametrize("module", MODELS)
@@ -242,17 +153,10 @@ def test_the_memory_layout_is_kept_to_the_end(module, layout):
     """
     model = copy.deepcopy(toy(module)).to(memory_format=layout)
     seen = []
-
-    def remember_map(conv, inputs):
-        seen.append(inputs[0])
-
-    def remember_gradient(conv, gradients_in, gradients_out):
-        seen.append(gradients_out[0])
-
     for key, part in model.backbone.named_modules():
         if isinstance(part, nn.Conv2d) and key != "conv1":  # the first gets the plain clip
-            part.register_forward_pre_hook(remember_map)
-            part.register_full_backward_hook(remember_gradient)
+            part.register_forward_pre_hook(lambda conv, inputs: seen.append(inputs[0]))
+            part.register_full_backward_hook(lambda conv, to_x, to_y: seen.append(to_y[0]))
 
     clip = toy_clip(module, videos=2)
     logits = model(clip)
@@ -279,64 +183,92 @@ def test_export_with_any_number_of_videos_and_compilation(module):
     close(compiled(clip), logits, 1e-5)
 
 
-# ---- checkpoints -----------------------------------------------------------------------------
+# ---- other people's weights ------------------------------------------------------------------
 
 @pytest.mark.parametrize("module", MODELS)
-@pytest.mark.parametrize("container, prefix", [
-    (None, ""),
-    ("model", ""),  # as train.py writes it
-    ("state_dict", "module."),
-    ("model_state", "_orig_mod."),
-    ("model_state_dict", ""),
-    ("net", "_orig_mod.module."),
-])
-def test_our_own_weights_come_back_bit_for_bit(module, container, prefix):
+def test_our_own_names_are_kept(module):
+    """Also those of a file without counters of batches, as Caffe2 and PyTorch before 0.4.1 wrote."""
     ours = toy(module).state_dict()
-    checkpoint = {prefix + key: tensor for key, tensor in ours.items()}
-    if container is not None:
-        # "arch" is no container, and an entry that is no dict is none either.
-        checkpoint = {"arch": {"depth": 18}, "state_dict": None, container: checkpoint}
-    state = module.convert(checkpoint)
-    assert state.keys() == ours.keys()
-    for key in ours:
-        assert torch.equal(state[key], ours[key])
-
-
-@pytest.mark.parametrize("module, expected", [
-    (tsn, "fc.bias"),
-    (trn, "frame.bias"),  # which is no classifier
-    (tsm, "fc.bias"),
-    (tin, "fc.bias"),
-])
-def test_the_last_layer_of_x_temporal_without_dropout(module, expected):
-    """Its other names are in the files of the authors."""
-    assert module.our_name("base_model.fc.bias") == expected
+    file = {key: x for key, x in ours.items() if not key.endswith("num_batches_tracked")}
+    assert module.convert(ours) == ours
+    assert module.convert(file) == file
+    module.build(module.RECIPES["toy"], 10).load_state_dict(module.convert(file))  # complete
 
 
 @pytest.mark.parametrize("module", IMAGE_MODELS)
 def test_torchvisions_file_gives_the_backbone_alone(module):
-    """This file is from before PyTorch 0.4.1: its batch norms do not count batches."""
-    file = fill(torchvision.models.resnet18()).state_dict()
-    old_file = {key: x for key, x in file.items() if not key.endswith("num_batches_tracked")}
-    state = module.convert(old_file)
-
+    file = torchvision.models.resnet18().state_dict()
+    state = module.convert(file)
     del file["fc.weight"], file["fc.bias"]
-    assert len(state) == len(file)
-    for key, tensor in file.items():
-        converted = state[f"backbone.{key}"]
-        assert torch.equal(converted, tensor)
-        assert converted.dtype == tensor.dtype
+    assert state == {f"backbone.{key}": tensor for key, tensor in file.items()}
 
 
-@pytest.mark.parametrize("module", MODELS)
-@pytest.mark.parametrize("checkpoint, message", [
-    ({"state_dict": {}, "epoch": 3}, "finds no tensors"),
-    ({"model": {"fc.weight": "none"}}, "needs a tensor under the key fc.weight"),
-    ({"model": {7: torch.zeros(1)}}, "has no place for the key 7"),
+@pytest.mark.parametrize("module, key, expected", [
+    # X-Temporal without dropout
+    (tsn, "base_model.fc.bias", "fc.bias"),
+    (trn, "base_model.fc.bias", "frame.bias"),  # which is no classifier
+    (tsm, "base_model.fc.bias", "fc.bias"),
+    (tin, "base_model.fc.bias", "fc.bias"),
+
+    # TSN: X-Temporal's large backbones
+    (tsn, "base_model.block8.branch1.2.conv.weight", "backbone.block8.branch1.2.conv.weight"),
+    (tsn, "base_model.layer0.bn3.bias", "backbone.layer0.bn3.bias"),
+
+    # TRN: TRN-pytorch with one scale, mmaction2 with several
+    (trn, "consensus.classifier.1.weight", "relations.0.fc1.weight"),
+    (trn, "consensus.classifier.3.bias", "relations.0.fc2.bias"),
+    (trn, "cls_head.consensus.fc_fusion_scales.6.1.bias", "relations.6.fc1.bias"),
+    (trn, "cls_head.consensus.fc_fusion_scales.6.3.weight", "relations.6.fc2.weight"),
+
+    # TSM: where a block does not shift, in the authors' code and in mmaction2
+    (tsm, "base_model.layer3.5.conv1.weight", "backbone.layer3.5.conv1.weight"),
+    (tsm, "backbone.layer3.5.conv1.conv.weight", "backbone.layer3.5.conv1.weight"),
+
+    # TIN: mmaction2, and a TSM as its first weights
+    (tin, "backbone.layer3.5.conv1.conv.net2.weight", "backbone.layer3.5.conv1.weight"),
+    (tin, "backbone.layer3.5.conv1.conv.net1.offset_net.conv.weight",
+     "interlace.layer3.5.offset_conv.weight"),
+    (tin, "backbone.layer3.5.conv1.conv.net1.offset_net.fc1.weight",
+     "interlace.layer3.5.offset_fc1.weight"),
+    (tin, "backbone.layer3.5.conv1.conv.net1.offset_net.fc2.bias",
+     "interlace.layer3.5.offset_fc2.bias"),
+    (tin, "backbone.layer3.5.conv1.conv.net1.weight_net.conv.bias",
+     "interlace.layer3.5.weight_conv.bias"),
+    (tin, "base_model.layer3.5.conv1.net.weight", "backbone.layer3.5.conv1.weight"),
+
+    # SlowFast: Caffe2, pytorchvideo, and mmaction2 with batch norm in the laterals
+    (slowfast, "t_res2_2_branch2c_bn_subsample_bn_s", "fuse.1.bn.weight"),
+    (slowfast, "blocks.2.res_blocks.0.branch1_norm.weight", "slow.layer2.0.downsample.1.weight"),
+    (slowfast, "backbone.slow_path.layer3_lateral.bn.running_mean", "fuse.3.bn.running_mean"),
 ])
-def test_a_file_without_tensors_is_refused(module, checkpoint, message):
-    with pytest.raises(ValueError, match=f"{module.__name__}.py {message}"):
-        module.convert(checkpoint)
+def test_other_peoples_names(module, key, expected):
+    """Those that no file in tests/golden has."""
+    assert module.our_name(key) == expected
+
+
+@pytest.mark.parametrize("module, key", [
+    (tsn, "layer1.0.se.fc1.weight"),  # timm's other SENet-154
+    (tsn, "base_model.conv1_7x7_s2.weight"),  # BNInception
+    (tsn, "base_model.layer1.0.conv1.net.weight"),  # TSM
+    (tsn, "fc_verb.weight"),  # two classifiers
+    (tsn, "xbackbone.conv1.weight"),  # a known name has to match from the first letter ...
+    (tsn, "backbone.conv1.weight.x"),  # ... to the last
+    (trn, "base_model.layer1.0.conv1.net.weight"),  # TSM
+    (trn, "consensus.classifiers.0.weight"),  # a deeper TRN, without public weights
+    (tsm, "base_model.layer1.0.net.conv1.weight"),  # the shift stands before the whole block
+    (tsm, "base_model.layer1.0.conv2.net.weight"),  # a second shift in the block
+    (tsm, "base_model.layer2.net.0.conv1.net.weight"),  # temporal pooling
+    (tsm, "base_model.layer2.0.nl.g.weight"),  # non-local blocks
+    (tsm, "base_model.layer1.0.conv1.net2.weight"),  # TIN
+    (tin, "base_model.layer2.0.nl.g.weight"),
+    (tin, "base_model.layer2.0.conv12.weight"),  # what deleting ".net" makes of conv1.net2
+    (slowfast, "backbone.conv1.weight"),  # our TSN
+    (slowfast, "s4.pathway0_nonlocal3.conv_theta.weight"),  # PySlowFast's non-local blocks
+    (slowfast, "s2.pathway0_res0.branch2.a.weight.more"),
+])
+def test_a_key_of_another_network_is_named(module, key):
+    with pytest.raises(ValueError, match=f"{module.__name__}.py has no place for the key {key}$"):
+        module.convert({key: torch.zeros(1)})
 
 
 # ---- a file works alone ----------------------------------------------------------------------
@@ -352,8 +284,8 @@ for name in sys.argv[1:]:
 """
 
 
-def test_copied_without_the_scripts_it_runs_prints_nothing_and_downloads_nothing(tmp_path):
-    """That model files do not import each other is in test_repo.py."""
+def test_a_copied_file_runs_and_downloads_nothing(tmp_path):
+    """Each in turn in one folder without the scripts. Nothing is printed either."""
     (tmp_path / "alone.py").write_text(ALONE)
     names = [module.__name__ for module in MODELS]
     for name in names:

@@ -2,10 +2,9 @@
 
     python -m pytest tests/test_tin.py
 
-The tests follow tin.py from top to bottom. The shift: four frames by hand, a naive loop, the slope
-of an offset, the original operator. The module: its groups by hand, its formula, gradients, first
-weights. The network: the answers of the original code. Then other people's weights. test_models.py
-has what is the same for all model files.
+The shift: four frames by hand, TSM, a naive loop, the slope of an offset, the original operator.
+The module: its groups by hand, its formula, gradients, first weights. The network: the answers of
+the original code. test_models.py has what is the same for all model files.
 """
 import math
 
@@ -14,7 +13,7 @@ import torch
 
 import tin
 import tsm
-from conftest import close, drawn_clip, fill, golden, golden_names
+from conftest import close, drawn_clip, fill, golden, golden_names, remember
 
 
 # ---- the shift -------------------------------------------------------------------------------
@@ -40,10 +39,10 @@ def test_four_frames_by_hand(offset, expected):
         assert y[t].item() == 10**t * expected[t]
 
 
-def test_one_frame_each_way_is_the_shift_of_tsm():
+def test_offsets_of_minus_1_and_weights_of_1_are_tsm():
     x = torch.randn(2, 6, 32, 2, 3)
-    offsets = torch.tensor([[-1.0, 1.0]]).expand(2, 2)
-    moved = tin.temporal_interlace(x[:, :, :8], offsets)
+    offsets = torch.tensor([[-1.0, -1.0, 1.0, 1.0]]).expand(2, 4)  # o0, o1, -o0, -o1
+    moved = tin.temporal_interlace(x[:, :, :8], offsets, torch.ones(2, 4, 6))
     assert torch.equal(torch.cat([moved, x[:, :, 8:]], dim=2), tsm.temporal_shift(x))
 
 
@@ -72,9 +71,7 @@ def test_the_shift_is_a_naive_loop():
     x = drawn_clip((2, 5, 12, 2, 3), seed=1).double()
     offsets = torch.tensor([[0.37, -1.62, 1.9, -0.1], [2.5, -4.5, 4.75, -7.4]]).double()
     weights = 2 * torch.rand(2, 4, 5, dtype=torch.float64)
-    y = tin.temporal_interlace(x, offsets, weights)
-    close(y, looped(x, offsets, weights), 1e-12)
-    assert y.is_contiguous()  # as x; the other layout, channels_last, is in test_models.py
+    close(tin.temporal_interlace(x, offsets, weights), looped(x, offsets, weights), 1e-12)
 
 
 @pytest.mark.parametrize("offset, slope", [
@@ -94,9 +91,8 @@ def test_shift_and_gradients_are_those_of_the_authors_operator():
     x = torch.from_numpy(arrays["op_input"]).requires_grad_()
     offsets = torch.from_numpy(arrays["op_offsets"]).requires_grad_()
     y = tin.temporal_interlace(x, offsets)
-    close(y.detach(), arrays["op_output"], 1e-5)
-
     y.backward(torch.from_numpy(arrays["op_grad_output"]))
+    close(y.detach(), arrays["op_output"], 1e-5)
     close(x.grad, arrays["op_grad_input"], 1e-5)
     close(offsets.grad, arrays["op_grad_offsets"], 1e-5)
 
@@ -125,8 +121,8 @@ def test_four_groups_by_hand():
     module.weight_conv.weight.zero_()
     module.weight_conv.bias.copy_(torch.tensor([-math.log(3), math.log(3)]))
 
-    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1, 1).expand(1, 4, 16, 1, 1)
-    y = module(x)[0, :, :, 0, 0].T  # (C, T)
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1, 1).expand(4, 16, 1, 1)
+    y = module(x)[:, :, 0, 0].T  # (C, T)
     close(y[0], 1 / 2 * torch.tensor([0, 1, 2, 3]), 1e-6)  # offset +1
     close(y[1], 3 / 2 * torch.tensor([0.5, 1.5, 2.5, 3.5]), 1e-6)  # offset +1/2
     close(y[2], 1 / 2 * torch.tensor([2, 3, 4, 0]), 1e-6)  # offset -1
@@ -162,7 +158,7 @@ def test_offsets_and_weights_are_the_formula():
             offsets[b, j] = 4 * (1 / (1 + math.exp(-raw)) - 0.5)
             offsets[b, j + 2] = -offsets[b, j]
 
-    y = module(x)
+    y = module(x.flatten(0, 1)).unflatten(0, (2, 5))
     close(y[:, :, :4], looped(x[:, :, :4], offsets, weights), 1e-5)
     assert torch.equal(y[:, :, 4:], x[:, :, 4:])
 
@@ -170,37 +166,25 @@ def test_offsets_and_weights_are_the_formula():
 def test_gradients_are_those_of_finite_differences():
     """x is moved, and both nets see it: its gradient has all three parts."""
     module = fill(tin.TemporalInterlace(16, 5)).double()
-    x = drawn_clip((2, 5, 16, 1, 2), seed=7).double().requires_grad_()
+    x = drawn_clip((10, 1, 16, 1, 2), seed=7).squeeze(1).double().requires_grad_()
     assert torch.autograd.gradcheck(module, x)
 
 
 def test_first_weights():
-    """Offsets start near half a frame, weights near 1. What is not set is PyTorch's, uniform within
-    1 / sqrt(inputs)."""
-    torch.manual_seed(0)
-    module = tin.TemporalInterlace(channels=1024, frames=8)
-    assert module.offset_fc2.bias.tolist() == pytest.approx([0.5108, 0.5108])
-    assert module.weight_conv.bias.tolist() == [0, 0]
-
-    inputs = {"offset_conv": 3 * 256, "weight_conv": 3 * 256, "offset_fc1": 8, "offset_fc2": 8}
-    for name, number in inputs.items():
-        largest = getattr(module, name).weight.abs().max().item()
-        assert 0.7 < largest * math.sqrt(number) <= 1
+    """Offsets start near half a frame, weights near 1; the rest is PyTorch's."""
+    module = tin.TemporalInterlace(channels=16, frames=8)
+    assert 4 * (module.offset_fc2.bias.sigmoid() - 0.5).tolist()[0] == pytest.approx(0.5, abs=1e-4)
+    assert 2 * module.weight_conv.bias.sigmoid().tolist()[0] == 1
 
 
 def test_both_nets_compute_in_float32_under_autocast():
     module = tin.TemporalInterlace(16, 8)
-    dtypes = []
-
-    def remember(layer, inputs, output):
-        dtypes.append(output.dtype)
-
-    for layer in module.children():
-        layer.register_forward_hook(remember)
+    calls = [remember(layer) for layer in module.children()]
     with torch.autocast("cpu", torch.bfloat16):
-        y = module(drawn_clip((1, 8, 16, 2, 2), seed=9).bfloat16())
-    assert dtypes == [torch.float32] * 4
+        y = module(torch.randn(8, 16, 2, 2, dtype=torch.bfloat16))
     assert y.dtype == torch.bfloat16
+    for [(_, output)] in calls:
+        assert output.dtype == torch.float32
 
 
 # ---- the network -----------------------------------------------------------------------------
@@ -210,7 +194,7 @@ def test_both_nets_compute_in_float32_under_autocast():
 def test_logits_offsets_and_weights_are_those_of_the_authors(name, monkeypatch):
     case = golden(name)
     model = tin.TIN(**case.options).eval()
-    model.load_state_dict(tin.convert(case.checkpoint))
+    model.load_state_dict(tin.convert(case.tensors))
 
     # what each block's shift is given: offsets (B, 4) and weights (B, 4, T)
     given = []
@@ -228,39 +212,7 @@ def test_logits_offsets_and_weights_are_those_of_the_authors(name, monkeypatch):
         close(weights, case.arrays["block_weights"][i])
 
 
-# ---- other people's weights ------------------------------------------------------------------
-
-@pytest.mark.parametrize("key, expected", [
-    # mmaction2's TIN; the original code's two layouts are in the test of its answers
-    ("conv.net2.weight", "backbone.layer3.5.conv1.weight"),
-    ("conv.net1.offset_net.conv.weight", "interlace.layer3.5.offset_conv.weight"),
-    ("conv.net1.offset_net.fc1.weight", "interlace.layer3.5.offset_fc1.weight"),
-    ("conv.net1.offset_net.fc2.bias", "interlace.layer3.5.offset_fc2.bias"),
-    ("conv.net1.weight_net.conv.bias", "interlace.layer3.5.weight_conv.bias"),
-
-    # a TSM's; X-Temporal and its authors have base_model in place of backbone
-    ("net.weight", "backbone.layer3.5.conv1.weight"),
-])
-def test_names_of_a_first_convolution(key, expected):
-    assert tin.our_name(f"module.backbone.layer3.5.conv1.{key}") == expected
-
-
-def test_a_tsm_of_mmaction2_is_a_start_for_a_tin():
+def test_a_tsm_is_a_start_for_a_tin():
     """Its tensors are all but the two nets of each block."""
-    file = golden("tsm_mmaction2_r50_t8").checkpoint
-    state = tin.convert(file)
-    expected = tsm.convert(file)
-    assert state.keys() == expected.keys()
-    for key in expected:
-        assert torch.equal(state[key], expected[key])
-
-
-@pytest.mark.parametrize("key", [
-    "base_model.layer1.0.net.conv1.weight",  # TSM, with the shift before the whole block
-    "base_model.layer2.0.nl.g.weight",  # non-local blocks
-    "base_model.layer2.0.conv12.weight",  # what deleting ".net" would make of conv1.net2
-])
-def test_another_networks_file_is_refused(key):
-    file = {"module.base_model.bn1.weight": torch.zeros(64), f"module.{key}": torch.zeros(1)}
-    with pytest.raises(ValueError, match=f"tin.py has no place for the key module.{key}$"):
-        tin.convert({"state_dict": file})
+    file = golden("tsm_mmaction2_r50_t8").tensors
+    assert tin.convert(file) == tsm.convert(file)
