@@ -1,24 +1,22 @@
-"""Clips -> probabilities -> scores.npz and the sample-level mAP; or the labels of single videos.
+"""Clips -> probabilities -> sample-level mAP and scores.npz; or the labels of a video file.
 
     python evaluate.py --checkpoint runs/tin/best.pt --data DATA --protocol dense --out scores.npz
     torchrun --nproc-per-node 8 evaluate.py ...                    the same, by 8 processes
     python evaluate.py --model slowfast --weights PUBLIC.pth ...   other people's weights
     python evaluate.py --checkpoint runs/tin/best.pt --video FILE ... [--picture out.png]
 
-A view is one clip of a video at one place and one scale. A video's score is the mean over the
-probabilities of its views. Each video is scored by exactly one process.
+A view is one clip of a video, cut out at one place and one scale. The network gives it a
+probability for every class; a video's score is the mean over its views.
 
-N videos, K classes, B videos at once, V views of each, T frames, H height, W width. In comments on
-settings "report" is arXiv 2003.05837 and "the authors" are its authors. "ours" means that the
-report is silent; what we follow, or why, comes after it.
+N videos, K classes, B videos at once, V views of a video at one scale, T frames, H height, W width.
+In comments on settings "report" is arXiv 2003.05837 and "the authors' code" is X-Temporal; "ours"
+means that the report is silent.
 """
 import argparse
 import contextlib
-import functools
 import importlib
 import json
 import os
-import pickle
 import re
 import sys
 import tempfile
@@ -36,43 +34,32 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 
-# How a video is scored: one of three pages of shared settings (the others are in data.py and
+# How a video is scored: one of three dicts of shared settings (the others are in data.py and
 # train.py). A row of RECIPES in a model file overrides what differs.
 RECIPE = dict(
     # protocol "clip": one view
     test_resize=256,  # short side in pixels; ours: the authors' code
     test_crop=224,    # side of the centre crop; report
 
-    # protocols "dense" and "multiscale"; the first scale is the one of "dense"
+    # protocols "dense" and "multiscale"
     clips=5,          # clips along time; report
     crops="3",        # per clip; "1": centre; "3": start, end and centre of the long side (the
                       # authors' code); "random": three random places (the report's own words)
-    scales=(256,),    # short sides in pixels, and the crops' sides as well; report
+    scales=(256,),    # short sides in pixels, and the crops' sides as well; "dense" takes the first
+                      # one only; report
 )
 
-# The recipe keys whose values are words, and the words that are allowed.
-WORDS = {
-    "sampling": ["segments", "clip"],
-    "augment": ["multiscale", "jitter"],
-    "crops": ["1", "3", "random"],
-    "loss": ["bce", "lsep", "warp", "ce"],
-    "class_weight": ["none", "sqrt", "ratio"],
-    "schedule": ["step", "cosine"],
-}
 
-
-# ---- the metric ------------------------------------------------------------------------------
+# ---- the metric ----------------------------------------------------------------------------------
 
 def average_precision(scores, labels):
     """Average precision of each video over all K classes: fractions (N,), from scores and 0/1
-    labels, both (N, K).
+    labels, both (N, K). Report: "mean Average Precision under sample level".
 
     AP is the mean, over the labels u of the video, of
     (labels that score at least as high as u) / (classes that score at least as high as u).
-    Equal scores count together, so the order of the classes does not matter: a class that ties with
-    u lowers the precision if it is no label of the video, and never does if it is one. A video
-    without labels has AP 0, as in scikit-learn's average_precision_score. Report: "mean Average
-    Precision under sample level".
+    A tied class that is not a label counts as ranked above u. A video without labels has AP 0, as
+    in scikit-learn's average_precision_score.
     """
     scores = np.asarray(scores)
     labels = np.asarray(labels)
@@ -83,7 +70,7 @@ def average_precision(scores, labels):
     if not np.isin(labels, (0, 1)).all():
         raise ValueError("labels must be 0 or 1")
 
-    # One row for each pair of a video and one of its labels; there are P pairs in all.
+    # one row for each pair of a video and one of its labels; there are P pairs in all
     videos, classes = np.nonzero(labels)
     threshold = scores[videos, classes]
     at_or_above = scores[videos] >= threshold[:, None]  # (P, K)
@@ -101,39 +88,7 @@ def sample_map(scores, labels):
     return float(average_precision(scores, labels).mean())
 
 
-def hit_rates(scores, labels):
-    """How often the likeliest class, and one of the five likeliest, is a label of the video. Of
-    classes with equal scores the first counts as the likeliest."""
-    likeliest = np.argsort(-scores, axis=1, kind="stable")[:, :5]
-    hits = np.take_along_axis(labels, likeliest, axis=1)
-    return hits[:, 0].mean(), hits.any(axis=1).mean()
-
-
-def print_metrics(scores, labels):
-    """Print the sample-level mAP on a line of its own, last, after some supplementary figures."""
-    if labels is None or not labels.any():
-        print("the list has no labels: scores, but no mAP")
-        return
-    precision = average_precision(scores, labels)
-    labelled = labels.any(axis=1)
-    if not labelled.all():
-        print(f"{(~labelled).sum()} of {len(scores)} videos have no label and count as AP 0; "
-              f"mAP of the others {100 * precision[labelled].mean():.2f}")
-
-    # Another metric: the average precision over the videos, for each class that a video has. It is
-    # the same function with the roles exchanged: one row, whose columns are the videos.
-    class_precision = []
-    for k in np.flatnonzero(labels.any(axis=0)):
-        class_scores = scores[:, k][None, :]  # (1, N)
-        class_labels = labels[:, k][None, :]
-        class_precision.append(average_precision(class_scores, class_labels)[0])
-    top1, top5 = hit_rates(scores[labelled], labels[labelled])
-    print(f"class-level mAP {100 * np.mean(class_precision):.2f}, "
-          f"top-1 hit rate {100 * top1:.2f}, top-5 {100 * top5:.2f}")
-    print(f"mAP {100 * precision.mean():.2f}")
-
-
-# ---- the views of a video --------------------------------------------------------------------
+# ---- the views of a video ------------------------------------------------------------------------
 
 def make_protocol(recipe, name="clip"):
     """Which views of a video are scored. "clip": one; "dense": clips x crops at the first scale;
@@ -157,8 +112,7 @@ def count_views(protocol):
 
 
 def crop_places(right, down, crops, rng):
-    """Top left corners [(x, y), ...] of the crops. A crop in the frame's top left corner could move
-    `right` pixels to the right and `down` pixels down."""
+    """Top left corners [(x, y), ...] of the crops. right, down: frame size minus crop size."""
     x = round(right / 2)  # rounded as in torchvision
     y = round(down / 2)
     if crops == "1":
@@ -171,12 +125,11 @@ def crop_places(right, down, crops, rng):
     return [(x, 0), (x, down), (x, y)]
 
 
-def test_views(read, num_frames, name, recipe, protocol):
+def make_views(folder, num_frames, name, recipe, protocol):
     """All views of a video: for each scale uint8 (V, T, crop, crop, 3).
 
-    read: frame indices -> uint8 (n, h, w, 3); it is called once. What is random is seeded by the
-    video's name (its path in the list, or the file's name without its ending), so every run draws
-    the same.
+    folder: where the video's frames are. What is random is seeded by the video's name, so every
+    run draws the same.
     """
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     length = recipe["frames"]
@@ -193,33 +146,53 @@ def test_views(read, num_frames, name, recipe, protocol):
         for start in data.clip_starts(num_frames, length, stride, protocol["clips"]):
             clips.append(data.clip_indices(num_frames, length, stride, start))
 
-    # every frame is decoded and resized once, even if several clips share it
-    indices = np.unique(clips)  # in order, so searchsorted finds the row of a frame
-    frames = read(indices)
+    # Several clips may share frames; each frame is decoded and resized once.
+    indices, positions = np.unique(clips, return_inverse=True)
+    positions = positions.reshape(len(clips), length)  # indices[positions] are the clips again
+    frames = data.read_frames(folder, indices)
+
+    # every scale, clip and crop
     views = []
-    for short, crop in protocol["sizes"]:
-        resized = data.resize(frames, short)
+    for short_side, crop in protocol["sizes"]:
+        resized = data.resize(frames, short_side)
         height, width = resized.shape[1:3]
-        windows = []
-        for clip in clips:
-            clip_frames = resized[np.searchsorted(indices, clip)]
+        squares = []
+        for position in positions:
+            clip = resized[position]  # (T, height, width, 3)
             for x, y in crop_places(width - crop, height - crop, protocol["crops"], rng):
-                windows.append(clip_frames[:, y : y + crop, x : x + crop])
-        views.append(torch.stack(windows))
+                squares.append(clip[:, y : y + crop, x : x + crop])
+        views.append(torch.stack(squares))
     return views
 
 
-test_views.__test__ = False  # tells pytest that this is not a test
+class VideoViews(torch.utils.data.Dataset):
+    """The videos of a data.VideoList; an item is (row, make_views(...))."""
+
+    def __init__(self, videos, recipe, protocol):
+        self.videos = videos
+        self.recipe = recipe
+        self.protocol = protocol
+
+    def __len__(self):
+        return len(self.videos)
+
+    def __getitem__(self, row):
+        videos = self.videos
+        with videos.naming_line(row):  # an error begins with DATA/val.txt:12 or the like
+            views = make_views(videos.folder(row), videos.num_frames[row], videos.path(row),
+                               self.recipe, self.protocol)
+        return row, views
 
 
 def stack_views(items):
-    """[(row, test_views), ...] -> rows (B,), and for each scale uint8 (B, V, T, H, W, 3)."""
+    """B items of VideoViews -> rows (B,), and for each scale uint8 (B, V, T, H, W, 3). A protocol
+    gives every video the same number of views, so they stack."""
     rows = torch.tensor([row for row, _ in items])
     scales = zip(*[views for _, views in items])  # for each scale, the views of all videos
     return rows, [torch.stack(views) for views in scales]
 
 
-# ---- scores ----------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------
 
 def probabilities(logits, loss):
     """Logits -> probabilities. In a network trained by cross-entropy the classes exclude each
@@ -230,68 +203,61 @@ def probabilities(logits, loss):
 
 
 @torch.no_grad()
-def score_views(model, views, recipe, device, view_batch=16, average="prob",
-                autocast=contextlib.nullcontext(), channels_last=False):
+def score_views(model, views, recipe, device, view_batch=16, autocast=contextlib.nullcontext(),
+                channels_last=False):
     """The scores (B, K) of videos whose views are, for each scale, uint8 (B, V, T, H, W, 3).
 
-    Report: "class prediction probabilities are averaged". average "logit": the probability of the
-    mean logit instead. view_batch: views in one forward pass, which bounds the memory. The network
-    gets them normalised, (views, T, 3, H, W).
+    Report: "class prediction probabilities are averaged". view_batch: views in one forward pass,
+    which bounds the memory. autocast: the context of the forward pass.
     """
     total = 0
-    for scale in views:
-        videos, count = scale.shape[:2]
-        clips = scale.flatten(0, 1)  # the views of all videos, one after another
+    for clips in views:  # all views at one scale
+        videos, count = clips.shape[:2]
+        clips = clips.flatten(0, 1)  # (B * V, T, H, W, 3): to the network a view is like a video
         logits = []
         for part in clips.split(view_batch):
             part = part.to(device, non_blocking=True)
             part = data.normalise(part, recipe["mean"], recipe["std"], channels_last)
             with autocast:
-                output = model(part)
+                output = model(part)  # (views, T, 3, H, W) -> (views, K)
             # In half precision many probabilities near 1 would round to the same value and tie.
             logits.append(output.float())
 
-        values = torch.cat(logits)
-        if average == "prob":
-            values = probabilities(values, recipe["loss"])
-        total = total + values.unflatten(0, (videos, count)).mean(dim=1)
-
-    mean = total / len(views)  # every scale has the same number of views
-    if average == "logit":
-        return probabilities(mean, recipe["loss"])
-    return mean
+        scores = probabilities(torch.cat(logits), recipe["loss"])
+        total = total + scores.unflatten(0, (videos, count)).mean(dim=1)
+    return total / len(views)  # every scale has the same number of views
 
 
-def predict(model, videos, num_classes, recipe, device, batch=8, workers=0, progress_name=None,
+def predict(model, views, num_classes, recipe, device, batch=8, workers=0, progress_name=None,
             **options):
     """The scores of all videos, float32 (N, K), the same in every process.
 
-    videos: a data set whose items are (row, test_views). batch: videos loaded at once.
-    progress_name: what lines on progress call the videos; None: no such lines. options: those of
-    score_views. model: without DDP's wrapper, in which processes wait for each other, although some
-    have fewer videos.
+    views: a VideoViews. batch: videos loaded at once. progress_name: label of the progress lines;
+    None: silent. options: those of score_views.
+    model: the network without DDP's wrapper. The wrapper lets the processes wait for each other in
+    every forward pass, and processes that have fewer videos would not come.
     """
     rank = 0
     world = 1
     if dist.is_initialized():
         rank = dist.get_rank()
         world = dist.get_world_size()
-    mine = torch.utils.data.Subset(videos, range(rank, len(videos), world))
+
+    # Each video is scored by exactly one process: this one takes the rows rank, rank + world, ...
+    share = torch.utils.data.Subset(views, range(rank, len(views), world))
     loader = torch.utils.data.DataLoader(
-        mine, batch_size=batch, num_workers=workers, collate_fn=stack_views,
+        share, batch_size=batch, num_workers=workers, collate_fn=stack_views,
         pin_memory=device.type == "cuda", worker_init_fn=data.ignore_interrupts)
-    progress = None
-    if progress_name is not None and rank == 0:
-        progress = data.Progress(progress_name, len(mine))
 
     was_training = model.training
     model.eval()
-    scores = torch.zeros(len(videos), num_classes, device=device)
+    scores = torch.zeros(len(views), num_classes, device=device)
+    progress = data.Progress(progress_name, len(share))
     done = 0
-    for rows, views in data.load(loader):
-        scores[rows.to(device)] = score_views(model, views, recipe, device, **options)
+    for rows, batch_views in data.load(loader):
+        scores[rows.to(device)] = score_views(model, batch_views, recipe, device, **options)
         done += len(rows)
-        if progress is not None:
+        if progress_name and rank == 0:
             progress.update(done)
     model.train(was_training)
 
@@ -301,15 +267,95 @@ def predict(model, videos, num_classes, recipe, device, batch=8, workers=0, prog
     return scores.cpu().numpy()
 
 
-def multi_hot(videos):
-    """The labels of a VideoList: uint8 (N, K), or None if no video has one, as in a test list."""
-    labels = np.zeros((len(videos), len(videos.categories)), np.uint8)
-    for row in range(len(videos)):
-        labels[row, videos.video(row).labels] = 1
-    if not labels.any():
-        return None
-    return labels
+# ---- the script ----------------------------------------------------------------------------------
 
+def main():
+    # the flags, the model file (module), its recipe, and what the file of weights holds (content)
+    args = parse_arguments()
+    recipe = args.recipe
+    protocol = make_protocol(recipe, args.protocol)
+
+    # processes and network
+    rank, _, device = start_process(args.device)
+    model, num_classes = load_weights(args.module, recipe, args.content, args.path)
+    model.to(device).eval()
+    if args.channels_last:
+        use_channels_last(model)
+    if args.compile:
+        model = torch.compile(model)
+    options = dict(  # of score_views
+        view_batch=args.view_batch,
+        autocast=make_autocast(device, args.amp),
+        channels_last=args.channels_last,
+    )
+
+    # video files in place of a list: one process suffices
+    if args.video:
+        status = 0
+        if rank == 0:
+            status = label_videos(args, model, num_classes, protocol, device, options)
+        end_process()
+        return status
+
+    # videos
+    folder = args.data or toy_folder(rank)
+    categories = name_classes(args, folder, num_classes)
+    videos = data.VideoList(folder, args.split)
+    views = VideoViews(videos, recipe, protocol)
+
+    # scores; by default as many videos are loaded at once as one forward pass holds
+    batch = args.batch or max(1, args.view_batch // count_views(protocol))
+    scores = predict(model, views, num_classes, recipe, device, batch, args.workers,
+                     progress_name="videos", **options)
+    labels = videos.label_matrix()  # (N, K), or None for a test list
+
+    # result
+    if rank == 0:
+        if args.out:
+            meta = describe_run(args, protocol, videos, categories, scores, labels)
+            paths = [videos.path(row) for row in range(len(videos))]
+            save_scores(args.out, paths, scores, labels, meta)
+        print(data.describe_videos(videos))
+        print_metrics(scores, labels)
+    end_process()
+    return 0
+
+
+# ==== Skip on first reading: printing, score files, --video, weights, processes, flags ============
+
+# ---- what is printed -----------------------------------------------------------------------------
+
+def print_metrics(scores, labels):
+    """Print the sample-level mAP on a line of its own, last, after some supplementary figures."""
+    if labels is None or not labels.any():
+        print("the list has no labels: scores, but no mAP")
+        return
+    precision = average_precision(scores, labels)
+    labelled = labels.any(axis=1)
+    if not labelled.all():
+        print(f"{(~labelled).sum()} of {len(scores)} videos have no label and count as AP 0; "
+              f"mAP of the others {100 * precision[labelled].mean():.2f}")
+
+    # Another metric: the average precision over the videos, for each class that a video has. It is
+    # the same function with the roles exchanged: one row, whose columns are the videos.
+    class_precision = []
+    for k in np.flatnonzero(labels.any(axis=0)):
+        class_precision.append(sample_map(scores[:, [k]].T, labels[:, [k]].T))  # both (1, N)
+    top1, top5 = hit_rates(scores[labelled], labels[labelled])
+    print(f"class-level mAP {100 * np.mean(class_precision):.2f}, "
+          f"top-1 hit rate {100 * top1:.2f}, top-5 {100 * top5:.2f}")
+    print(f"mAP {100 * precision.mean():.2f}")
+
+
+def hit_rates(scores, labels):
+    """Top-1 and top-5 hit rates: fractions of the videos whose likeliest class, or one of whose
+    five likeliest, is a label. Of classes with equal scores the first ranks first."""
+    likeliest = np.argsort(-scores, axis=1, kind="stable")[:, :5]
+    hits = np.take_along_axis(labels, likeliest, axis=1)
+    return hits[:, 0].mean(), hits.any(axis=1).mean()
+
+
+# ---- score files ---------------------------------------------------------------------------------
 
 def save_scores(path, paths, scores, labels, meta):
     """scores.npz: paths (N,), scores (N, K) float32, labels (N, K) uint8 unless None, and meta, a
@@ -318,27 +364,128 @@ def save_scores(path, paths, scores, labels, meta):
               "meta": np.array(json.dumps(meta))}
     if labels is not None:
         arrays["labels"] = labels
-    part = Path(f"{path}.part-{os.getpid()}.npz")  # numpy appends .npz to other names
-    try:
-        np.savez_compressed(part, **arrays)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with data.replacing(Path(path)) as part:
+        with open(part, "wb") as file:  # to a name alone numpy would append .npz
+            np.savez_compressed(file, **arrays)
+
+
+def describe_run(args, protocol, videos, categories, scores, labels):
+    """The meta of a score file."""
+    meta = dict(
+        model=args.model,
+        recipe=args.recipe,
+        checkpoint=args.path,
+        iteration=args.content.get("iteration"),
+        list=str(videos.file),
+        classes=len(categories),
+        categories=categories,
+        protocol=protocol,
+        left_out=videos.num_lines - len(videos),  # lines that are not videos of their own
+        map=None,
+    )
+    if labels is not None:
+        meta["map"] = sample_map(scores, labels)
+    return meta
 
 
 def check_output(path):
-    """Raise a ValueError before the work if the file could not be written after it."""
+    """Fail early if the file cannot be written."""
     if Path(path).is_dir():
         raise ValueError(f"{path}: is a folder; name a file")
     if not os.access(Path(path).absolute().parent, os.W_OK):
         raise ValueError(f"{path}: there is no such folder, or it cannot be written to")
 
 
-# ---- networks and their weights --------------------------------------------------------------
+def name_classes(args, folder, num_classes):
+    """The names of the classes: the data folder's, which must fit the checkpoint; without a folder
+    the checkpoint's; without both (folder None, other people's weights) numbers."""
+    if folder is None:
+        return args.categories or [f"class {k}" for k in range(num_classes)]
+    names = data.read_categories(folder)
+    if args.categories is not None:
+        data.compare_categories(args.categories, args.path, names, f"{folder}/categories.txt")
+    if len(names) != num_classes:
+        raise ValueError(f"{args.path} knows {num_classes} classes, {folder}/categories.txt names "
+                         f"{len(names)}")
+    return names
+
+
+# ---- --video -------------------------------------------------------------------------------------
+
+def label_videos(args, model, num_classes, protocol, device, options):
+    """Print the labels of each file of --video. Returns the exit status: 2 if a file could not be
+    read. options: those of score_views."""
+    categories = name_classes(args, args.data, num_classes)
+    data.require_ffmpeg()
+    results = []
+    for file in args.video:
+        with tempfile.TemporaryDirectory() as folder:
+            count, message = data.decode_video(file, Path(folder))
+            if message:
+                print(f"{file}: {count} frames; {message}", file=sys.stderr)
+            if count == 0:
+                continue
+            views = make_views(folder, count, Path(file).stem, args.recipe, protocol)
+            middle_clip = data.read_frames(folder, data.sample_indices(count, args.recipe))
+
+        views = [scale[None] for scale in views]  # a batch of one video
+        [scores] = score_views(model, views, args.recipe, device, **options).cpu().numpy()
+        labels = {}
+        for k in np.argsort(-scores, kind="stable")[: args.top]:
+            labels[categories[k]] = float(scores[k])
+        results.append({"video": file, "labels": labels})
+        if args.picture:
+            draw_labels(middle_clip, labels).save(args.picture)
+        if not args.json:
+            print(file)
+            for name, probability in labels.items():
+                print(f"{100 * probability:6.2f} %  {name}")
+
+    if args.json:
+        print(json.dumps(results, indent=1))
+    if len(results) < len(args.video):
+        return 2
+    return 0
+
+
+def draw_labels(frames, labels, height=128, line=24):
+    """A picture of a clip's whole frames, uint8 (T, h, w, 3), eight in a row, and below them a bar
+    for each of {label: probability}. Sizes are in pixels."""
+    columns = min(8, len(frames))
+    rows = -(-len(frames) // columns)  # rounded up
+    width = round(height * frames.shape[2] / frames.shape[1])
+    top = rows * (height + 4) + 8
+    font = ImageFont.load_default(size=15)
+    left = max(round(font.getlength(name)) for name in labels) + 16  # where the bars begin
+    right = max(columns * (width + 4) - 80, left + 180)              # and end, at probability 1
+    picture = Image.new("RGB", (right + 80, top + line * len(labels) + 8), "white")
+    draw = ImageDraw.Draw(picture)
+
+    for i, frame in enumerate(frames):
+        row, column = divmod(i, columns)
+        image = Image.fromarray(frame.numpy()).resize((width, height))
+        picture.paste(image, (column * (width + 4), row * (height + 4)))
+
+    for i, (name, probability) in enumerate(labels.items()):
+        y = top + i * line + 3
+        bottom = y + line - 6
+        end = left + probability * (right - left)
+        draw.text((8, y), name, fill="black", font=font)
+        draw.rectangle((left, y, right, bottom), fill="#eeeeee")
+        draw.rectangle((left, y, end, bottom), fill="#4a86c8")
+        draw.text((right + 8, y), f"{100 * probability:.1f} %", fill="black", font=font)
+    return picture
+
+
+# ---- networks and their recipes ------------------------------------------------------------------
 
 def open_model(name, row=None, pages=(data.RECIPE, RECIPE)):
-    """--model and --recipe -> (the model file's module, the recipe). The recipe is merged in this
-    order: the shared pages, data.TOY if the row is "toy", and the row (None: the file's first)."""
+    """Import the model file NAME.py and put a recipe together -> (the module, the recipe).
+
+    A recipe is one flat dict. It starts with the shared settings (`pages`). A row of the model
+    file's RECIPES (None: the first) then overrides what differs for that network. For the row "toy"
+    the shared settings are first overridden by what belongs to the toy videos, data.TOY.
+    """
     folder = Path(__file__).parent
     scripts = {"data", "evaluate", "train", "ensemble"}
     known = sorted({file.stem for file in folder.glob("*.py")} - scripts)
@@ -352,7 +499,7 @@ def open_model(name, row=None, pages=(data.RECIPE, RECIPE)):
     if row not in module.RECIPES:
         raise ValueError(f"--recipe {row}: {name}.py has the rows {', '.join(module.RECIPES)}")
 
-    recipe = {"loss": "bce"}  # sigmoid or softmax? Only train.RECIPE has it, which evaluation lacks
+    recipe = {}
     for page in pages:
         recipe = override(recipe, page)
     if row == "toy":
@@ -361,8 +508,8 @@ def open_model(name, row=None, pages=(data.RECIPE, RECIPE)):
 
 
 def override(recipe, values):
-    """The recipe with other values. A run counts iterations, or epochs if iterations is 0, so
-    values with only one of the two clear the other."""
+    """The recipe with other values. The length of a run is its `epochs` or its `iterations`, and
+    the one that does not count is 0: values that set only one of them set the other to 0."""
     recipe = {**recipe, **values}
     if "epochs" in values and "iterations" not in values:
         recipe["iterations"] = 0
@@ -371,109 +518,83 @@ def override(recipe, values):
     return recipe
 
 
-def add_recipe_flags(parser, recipe):
-    """A flag for every key of the recipe. A flag that is not given leaves no trace."""
-    group = parser.add_argument_group("the recipe's values")
-    for key, value in recipe.items():
-        options = {"default": argparse.SUPPRESS, "help": str(value)}
-        if isinstance(value, bool):
-            options["action"] = argparse.BooleanOptionalAction
-        elif isinstance(value, (tuple, list)):
-            options["type"] = type(value[0])
-            options["nargs"] = "+"
-        elif value is None:  # SlowFast's alpha: the network chooses a number if none is given
-            options["type"] = int
-        else:
-            options["type"] = type(value)
-        group.add_argument(f"--{key.replace('_', '-')}", **options)
-
-
-AT_LEAST_ONE = ["frames", "stride", "crop", "jitter", "batch", "reference_batch", "test_resize",
-                "test_crop", "clips", "scales"]
-
-
-def check_recipe(recipe):
-    """Raise a ValueError that names the flag if a value cannot be used."""
-    for key, value in recipe.items():
-        flag = f"--{key.replace('_', '-')}"
-        values = [value]
-        if isinstance(value, (tuple, list)):
-            values = value
-        numbers = [number for number in values if isinstance(number, (int, float))]
-
-        if key in WORDS and value not in WORDS[key]:
-            raise ValueError(f"{flag} {value}: known are {', '.join(WORDS[key])}")
-        if not all(0 <= number < float("inf") for number in numbers):
-            raise ValueError(f"{flag} {value}: must be finite and not negative")
-        if key in AT_LEAST_ONE and min(numbers) < 1:
-            raise ValueError(f"{flag} {value}: at least 1")
-    if recipe["test_crop"] > recipe["test_resize"]:
-        raise ValueError(f"--test-crop {recipe['test_crop']}: larger than the short side that it "
-                         f"is cut from, --test-resize {recipe['test_resize']}")
-    if len(recipe["jitter"]) != 2 or recipe["jitter"][0] > recipe["jitter"][1]:
-        raise ValueError(f"--jitter {recipe['jitter']}: two numbers, the smaller one first")
-    if recipe["augment"] == "jitter" and recipe["crop"] > recipe["jitter"][0]:
-        raise ValueError(f"--crop {recipe['crop']}: larger than the short side that it is cut "
-                         f"from, --jitter {recipe['jitter'][0]}")
-    if len(recipe["mean"]) != 3 or len(recipe["std"]) != 3 or min(recipe["std"]) == 0:
-        raise ValueError("--mean and --std: three numbers each, for red, green and blue; a "
-                         "standard deviation is not 0")
-
+# ---- weights of any file -------------------------------------------------------------------------
 
 def read_checkpoint(path):
     """What a checkpoint file holds, a dict of tensors, numbers, texts, lists and dicts. ValueError
     for other files, and for a file that asks for any other Python object: it could run code."""
-    # what numpy's numbers and arrays are made of; skip on first reading
+    # what numpy's numbers and arrays are made of
     numpy_objects = [np.dtype, np.ndarray]
     for kind in (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool_):
         numpy_objects.append(type(np.dtype(kind)))
-    for name in ("scalar", "_reconstruct"):
-        function = getattr(np._core.multiarray, name)
-        numpy_objects.append((function, f"numpy._core.multiarray.{name}"))
-        numpy_objects.append((function, f"numpy.core.multiarray.{name}"))  # as NumPy 1 wrote it
+    core = np._core.multiarray
+    for place in ("numpy._core.multiarray", "numpy.core.multiarray"):  # in NumPy 2 and 1
+        numpy_objects.append((core.scalar, f"{place}.scalar"))
+        numpy_objects.append((core._reconstruct, f"{place}._reconstruct"))
     with open(path, "rb") as file:
         try:
             with torch.serialization.safe_globals(numpy_objects):
                 return dict(torch.load(file, map_location="cpu", weights_only=True))
         except Exception as error:  # damaged bytes raise many kinds of errors
-            problem = error
-    if isinstance(problem, pickle.UnpicklingError) and "GLOBAL" in str(problem):
+            problem = str(error)
+    if "GLOBAL" in problem:
         raise ValueError(f"{path}: asks for a Python object that is not a tensor, and loading it "
                          "could run code; save the state_dict alone with the program that wrote "
                          "the file: torch.save(model.state_dict(), ...)")
     raise ValueError(f"{path}: not a PyTorch checkpoint, or truncated")
 
 
-def convert(module, checkpoint, path):
-    """The tensors of a checkpoint that read_checkpoint has read, with our names. The tensors may
-    stand in a container, and their names may have prefixes of DDP and torch.compile. A new model
-    file need not know these: its convert always gets {"model": tensors}, without prefixes."""
+def is_ours(checkpoint):
+    """Whether train.py has written it."""
+    config = checkpoint.get("config")
+    return isinstance(config, dict) and {"model", "recipe", "categories"} <= set(config)
+
+
+def tensors_of(checkpoint):
+    """{key: tensor} of other people's checkpoint, as a model file's convert needs it.
+
+    The tensors may be in a dict of their own, beside the optimiser's state and the epoch; "blobs"
+    is Caffe2's, and holds arrays. The keys lose the prefixes of DDP and torch.compile, and "model."
+    if every key has it, as Lightning and PySlowFast write it.
+    """
     tensors = checkpoint
-    for container in ("state_dict", "model", "model_state", "model_state_dict", "net"):
-        if isinstance(checkpoint.get(container), dict):
-            tensors = checkpoint[container]
-            break
-    content = {"model": strip_prefixes(tensors)}
-    if "blobs" in checkpoint:  # PySlowFast's Caffe2 arrays have a container of their own
-        content = checkpoint
+    for container in ("state_dict", "model", "model_state", "model_state_dict", "net", "blobs"):
+        if isinstance(tensors.get(container), dict):
+            tensors = tensors[container]
+    if not tensors:
+        raise ValueError("holds no tensors")
+
+    prefixes = r"(module\.|_orig_mod\.)*"
+    if all(re.match(prefixes + r"model\.", str(key)) for key in tensors):
+        prefixes = r"(module\.|_orig_mod\.|model\.)*"
+    stripped = {}
+    for key, tensor in tensors.items():
+        if isinstance(tensor, (np.ndarray, np.generic)):
+            tensor = torch.as_tensor(tensor)
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{key} is not a tensor")
+        stripped[re.sub(f"^{prefixes}", "", str(key))] = tensor
+    return stripped
+
+
+def state_of(module, checkpoint, path):
+    """The state dict of a checkpoint, in our names: train.py's as it is, others by the model file's
+    convert."""
+    if is_ours(checkpoint):
+        return checkpoint["model"]
+    if not hasattr(module, "convert"):
+        raise ValueError(f"{path}: not a checkpoint of train.py, and {module.__name__}.py has no "
+                         "convert, which reads other people's")
     try:
-        return module.convert(content)
+        return module.convert(tensors_of(checkpoint))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def strip_prefixes(tensors):
-    stripped = {}
-    for key, tensor in tensors.items():
-        stripped[re.sub(r"^(module\.|_orig_mod\.)+", "", str(key))] = tensor
-    return stripped
-
-
 def load_weights(module, recipe, checkpoint, path):
-    """A checkpoint of any layout that the model file knows -> (model, its number of classes). The
-    load is strict; ValueError with what does not fit."""
-    state = convert(module, checkpoint, path)
-
+    """What read_checkpoint has read from `path` -> (model, its number of classes). The load is
+    strict: ValueError with what does not fit."""
+    state = state_of(module, checkpoint, path)
     num_classes = 1  # any number will do if the file has no classifier, which is an error below
     for key in classifier_keys(module, recipe):
         if key in state:
@@ -482,18 +603,16 @@ def load_weights(module, recipe, checkpoint, path):
     model = module.build(recipe, num_classes)
     problems = list(misfits(state, model.state_dict()).values())
     if problems:
-        others = ""
-        if len(problems) > 5:
-            others = f"; and {len(problems) - 5} others"
-        raise ValueError(f"{path}: does not fit the network: {'; '.join(problems[:5])}{others}. "
-                         "README.md has the flags of public weights")
+        raise ValueError(f"{path}: does not fit the network: {'; '.join(problems[:5])} "
+                         f"({len(problems)} misfits in all). The end of {module.__name__}.py lists "
+                         "the flags of public weights")
     model.load_state_dict(state)
     return model, num_classes
 
 
 def classifier_keys(module, recipe):
-    """The keys of the classifier's tensors: the only ones whose shapes depend on the number of
-    classes, which is their first dimension."""
+    """The keys of the classifier's tensors, whatever a model file calls them: only their shapes
+    change with the number of classes, which is their first dimension."""
     with torch.device("meta"):  # shapes without memory
         one = module.build(recipe, 1).state_dict()
         two = module.build(recipe, 2).state_dict()
@@ -505,6 +624,8 @@ def misfits(theirs, ours):
     different shapes."""
     problems = {}
     for key in {**ours, **theirs}:
+        if key.endswith("num_batches_tracked"):
+            continue  # PyTorch adds this counter where a file is too old to have it
         if key not in theirs:
             problems[key] = f"{key} is not in the file"
         elif key not in ours:
@@ -515,7 +636,7 @@ def misfits(theirs, ours):
     return problems
 
 
-# ---- processes -------------------------------------------------------------------------------
+# ---- processes -----------------------------------------------------------------------------------
 
 def start_process(device=None):
     """(rank, world, device) of this process; torchrun's environment says whether there are
@@ -575,175 +696,152 @@ def make_autocast(device, amp):
 
 def use_channels_last(model):
     """Store the weights with channels innermost, which is faster on GPUs. Values stay the same."""
-    has_3d = any(parameter.dim() == 5 for parameter in model.parameters())
-    if has_3d:
+    if 5 in [parameter.dim() for parameter in model.parameters()]:  # a 3D convolution
         return model.to(memory_format=torch.channels_last_3d)
     return model.to(memory_format=torch.channels_last)
 
 
-# ---- --video ---------------------------------------------------------------------------------
+# ---- flags and checks ----------------------------------------------------------------------------
 
-def label_videos(args, score, recipe, protocol, categories):
-    """Print the labels of each file of --video. Returns the exit status: 2 if a file could not be
-    read. score: test_views of one video -> (K,)."""
-    data.require_ffmpeg()
-    results = []
-    pictures = []
-    for file in args.video:
-        with tempfile.TemporaryDirectory() as folder:
-            count, message = data.decode_video(file, Path(folder))
-            if message:
-                print(f"{file}: {count} frames; {message}", file=sys.stderr)
-            if count == 0:
-                continue
-
-            def read(indices):
-                return data.read_frames(folder, indices)
-
-            scores = score(test_views(read, count, Path(file).stem, recipe, protocol))
-            if args.picture:
-                frames = read(data.sample_indices(count, recipe))
-        labels = {}
-        for k in np.argsort(-scores, kind="stable")[: args.top]:
-            labels[categories[k]] = float(scores[k])
-        results.append({"video": file, "labels": labels})
-        if args.picture:
-            pictures.append(draw_labels(frames, labels))
-        if not args.json:
-            print(file)
-            for name, probability in labels.items():
-                print(f"{100 * probability:6.2f} %  {name}")
-
-    if args.json:
-        print(json.dumps(results, indent=1))
-    if pictures:
-        stack_pictures(pictures).save(args.picture)
-    if len(results) < len(args.video):
-        return 2
-    return 0
+CHOICES = {  # the allowed values of recipe keys that are words
+    "sampling": ["segments", "clip"],
+    "augment": ["multiscale", "jitter"],
+    "crops": ["1", "3", "random"],
+    "loss": ["bce", "lsep", "warp", "ce"],
+    "class_weight": ["none", "sqrt", "ratio"],
+    "schedule": ["step", "cosine"],
+}
+AT_LEAST_ONE = ["frames", "stride", "crop", "jitter", "batch", "reference_batch", "test_resize",
+                "test_crop", "clips", "scales"]
+ANY_LENGTH = ["scales", "milestones"]
 
 
-def draw_labels(frames, labels, columns=8, frame_height=128, line=24):
-    """A picture of a clip's whole frames, uint8 (T, h, w, 3), in order, and below them a bar for
-    each of {label: probability}. Sizes are in pixels."""
-    columns = min(columns, len(frames))
-    rows = -(-len(frames) // columns)  # rounded up
-    frame_width = round(frame_height * frames.shape[2] / frames.shape[1])
-    font = ImageFont.load_default(size=15)
-    names_width = max(round(font.getlength(name)) for name in labels) + 16
-    width = max(columns * (frame_width + 4), names_width + 260)
-    top = rows * (frame_height + 4) + 8
-    picture = Image.new("RGB", (width, top + line * len(labels) + 8), "white")
-    draw = ImageDraw.Draw(picture)
-
-    for i, frame in enumerate(frames):
-        row, column = divmod(i, columns)
-        image = Image.fromarray(frame.numpy()).resize((frame_width, frame_height))
-        picture.paste(image, (column * (frame_width + 4), row * (frame_height + 4)))
-
-    longest = width - names_width - 80
-    for i, (name, probability) in enumerate(labels.items()):
-        y = top + i * line
-        end = names_width + probability * longest
-        draw.text((8, y + 3), name, fill="black", font=font)
-        draw.rectangle((names_width, y + 3, names_width + longest, y + line - 3), fill="#eeeeee")
-        draw.rectangle((names_width, y + 3, end, y + line - 3), fill="#4a86c8")
-        draw.text((names_width + longest + 8, y + 3), f"{100 * probability:.1f} %", fill="black",
-                  font=font)
-    return picture
-
-
-def stack_pictures(pictures):
-    """One picture below the other."""
-    width = max(picture.width for picture in pictures)
-    height = sum(picture.height for picture in pictures)
-    stack = Image.new("RGB", (width, height), "white")
-    y = 0
-    for picture in pictures:
-        stack.paste(picture, (0, y))
-        y += picture.height
-    return stack
-
-
-# ---- the script ------------------------------------------------------------------------------
-
-def parse_arguments():
-    """Read the command line and the checkpoint -> (args, module, recipe, checkpoint, path, config).
-    The recipe is a row of the model file, overridden by the recipe in a checkpoint of train.py and
-    then by flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="The recipe's keys are flags too: --clips 10 --crops random --scales 128 144; "
-               "--loss ce for a network that was trained by cross-entropy, such as on Kinetics.")
+def add_shared_flags(parser):
+    """The flags that train.py and evaluate.py share."""
     add = parser.add_argument
-    add("--checkpoint", metavar="FILE",
-        help="written by train.py; it holds its model, recipe and classes")
-    add("--model", metavar="NAME",
-        help="with --weights: a model file beside this script, such as tin")
-    add("--weights", metavar="FILE", help="other people's weights; the model file converts them")
-    add("--recipe", metavar="ROW",
-        help="with --weights: a row of the model's RECIPES (default: its first)")
-    add("--data", metavar="DATA", help="a data folder (default: the toy, runs/toy)")
-    add("--split", default="val", help="which of its lists (%(default)s)")
-    add("--protocol", choices=["clip", "dense", "multiscale"],
-        help="one view, clips x crops at the first scale, or at all scales (default: clip, or "
-             "multiscale if --clips, --crops or --scales is given)")
-    add("--average", default="prob", choices=["prob", "logit"],
-        help="what is averaged over the views (%(default)s)")
-    add("--out", metavar="FILE.npz", help="write paths, scores and labels, for ensemble.py")
-    add("--batch", type=int, metavar="VIDEOS",
-        help="videos loaded at once (default: VIEW_BATCH / views of a video)")
-    add("--view-batch", type=int, default=16, metavar="VIEWS",
-        help="views in one forward pass (%(default)s)")
-    add("--workers", type=int, default=2,
+    add("--workers", type=data.at_least(0), default=2,
         help="loader processes per process, 0: none (%(default)s)")
     add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     add("--amp", default="off", choices=["off", "bf16", "fp16"],
         help="half precision; bf16 changed the toy's scores by at most 0.008 (%(default)s)")
     add("--channels-last", action="store_true", help="channels innermost in memory: faster on GPUs")
     add("--compile", action="store_true", help="torch.compile the network")
+
+
+def add_recipe_flags(parser, recipe):
+    """A flag for every key of the recipe. Absent flags are not in the namespace."""
+    group = parser.add_argument_group("the recipe's values")
+    for key, value in recipe.items():
+        options = {"default": argparse.SUPPRESS, "help": str(value)}
+        if isinstance(value, (tuple, list)):
+            options["nargs"] = len(value)
+            if key in ANY_LENGTH:
+                options["nargs"] = "+"
+            value = value[0]
+
+        if isinstance(value, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(value, float):
+            options["type"] = data.at_least(0, float)
+        elif key in CHOICES:
+            options["choices"] = CHOICES[key]
+        elif key in AT_LEAST_ONE:
+            options["type"] = data.at_least(1)
+        elif not isinstance(value, str):  # None (SlowFast's alpha): the network chooses a number
+            options["type"] = data.at_least(0)
+        group.add_argument(f"--{key.replace('_', '-')}", **options)
+
+
+def check_recipe(recipe):
+    """ValueError if values that are fine by themselves do not go together."""
+    if recipe["test_crop"] > recipe["test_resize"]:
+        raise ValueError(f"--test-crop {recipe['test_crop']}: larger than the short side that it "
+                         f"is cut from, --test-resize {recipe['test_resize']}")
+    if recipe["jitter"][0] > recipe["jitter"][1]:
+        raise ValueError(f"--jitter {recipe['jitter']}: the smaller number comes first")
+    if recipe["augment"] == "jitter" and recipe["crop"] > recipe["jitter"][0]:
+        raise ValueError(f"--crop {recipe['crop']}: larger than the short side that it is cut "
+                         f"from, --jitter {recipe['jitter'][0]}")
+    if min(recipe["std"]) == 0:
+        raise ValueError(f"--std {recipe['std']}: no standard deviation is 0")
+
+
+def parse_arguments():
+    """Read the command line and the file of weights -> args: the flags, and
+
+    .path .content      the file of weights, and what it holds
+    .model .module      the name of the model file, and its module
+    .recipe             a row of the model file, overridden by the checkpoint's, then by flags
+    .categories         the checkpoint's names of the classes, or None
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s --checkpoint FILE [--data DATA] [--protocol P] ... (all flags: --help)",
+        allow_abbrev=False,
+        epilog="The recipe's keys are flags too: --clips 10 --crops random --scales 128 144.")
+    add = parser.add_argument
+    add("--checkpoint", metavar="FILE",
+        help="written by train.py; it holds its model, recipe and classes")
+    add("--model", metavar="NAME",
+        help="with --weights: a model file beside this script, such as tin")
+    add("--weights", metavar="FILE", help="other people's weights; the model file converts them")
+    add("--recipe", metavar="ROW", dest="row",
+        help="with --weights: a row of the model's RECIPES (default: its first)")
+    add("--loss", choices=["bce", "ce"],
+        help="ce: trained by cross-entropy, as on Kinetics, so scored by softmax; bce: by sigmoid "
+             "(default: the checkpoint's, or bce)")
+    add("--data", metavar="DATA", help="a data folder (default: the toy, runs/toy)")
+    add("--split", default="val", help="which of its lists (%(default)s)")
+    add("--protocol", choices=["clip", "dense", "multiscale"],
+        help="one view, clips x crops at the first scale, or at all scales (default: clip, or "
+             "multiscale if --clips, --crops or --scales is given)")
+    add("--out", metavar="FILE.npz", help="write paths, scores and labels, for ensemble.py")
+    add("--batch", type=data.at_least(1), metavar="VIDEOS",
+        help="videos loaded at once (default: VIEW_BATCH / views of a video)")
+    add("--view-batch", type=data.at_least(1), default=16, metavar="VIEWS",
+        help="views in one forward pass (%(default)s)")
+    add_shared_flags(parser)
     add("--video", nargs="+", metavar="FILE", help="label these video files instead of a list")
-    add("--top", type=int, default=5, help="labels per video (%(default)s)")
+    add("--top", type=data.at_least(1), default=5, help="labels per video (%(default)s)")
     add("--json", action="store_true", help="print the labels as JSON")
     add("--picture", metavar="OUT.png",
-        help="draw the middle clip's frames, uncropped, and the labels")
-    args, rest = parser.parse_known_args()
+        help="of one video: draw the middle clip's frames, uncropped, and the labels")
+    args, others = parser.parse_known_args()
     if not args.checkpoint and not (args.model and args.weights):
         parser.error("which network? --checkpoint FILE, or --model NAME --weights FILE")
     check_arguments(args)
 
-    path = args.checkpoint or args.weights
-    checkpoint = read_checkpoint(path)
+    # the file of weights
+    args.path = args.checkpoint or args.weights
+    args.content = read_checkpoint(args.path)
     config = {"model": args.model, "recipe": {}, "categories": None}
     if args.checkpoint:
-        config = checkpoint.get("config")
-        if not isinstance(config, dict) or not {"model", "recipe", "categories"} <= set(config):
-            raise ValueError(f"{path}: not a checkpoint of train.py; for other people's files: "
-                             f"--model NAME --weights {path}")
-    module, recipe = open_model(config["model"], args.recipe)
-    flags = argparse.ArgumentParser(allow_abbrev=False)
-    add_recipe_flags(flags, recipe)
-    given = vars(flags.parse_args(rest))
-    recipe = {**recipe, **config["recipe"], **given}
-    check_recipe(recipe)
+        if not is_ours(args.content):
+            raise ValueError(f"{args.path}: not a checkpoint of train.py; for other people's "
+                             f"files: --model NAME --weights {args.path}")
+        config = args.content["config"]
+    args.model = config["model"]
+    args.categories = config["categories"]
+
+    # the recipe
+    args.module, recipe = open_model(args.model, args.row)
+    recipe_parser = argparse.ArgumentParser(usage=parser.usage, allow_abbrev=False)
+    add_recipe_flags(recipe_parser, recipe)
+    given = vars(recipe_parser.parse_args(others))
+    args.recipe = {"loss": "bce", **recipe, **config["recipe"], **given}
+    if args.loss:
+        args.recipe["loss"] = args.loss
+    check_recipe(args.recipe)
     if args.protocol is None:
         args.protocol = "clip"
         if {"clips", "crops", "scales"} & set(given):
             args.protocol = "multiscale"
-    return args, module, recipe, checkpoint, path, config
+    return args
 
 
 def check_arguments(args):
-    if args.batch is not None and args.batch < 1:
-        raise ValueError(f"--batch {args.batch}: at least 1")
-    if args.view_batch < 1:
-        raise ValueError(f"--view-batch {args.view_batch}: at least 1")
-    if args.top < 1:
-        raise ValueError(f"--top {args.top}: at least 1")
-    if args.workers < 0:
-        raise ValueError(f"--workers {args.workers}: at least 0")
-    if args.checkpoint and (args.model or args.weights or args.recipe):
+    """ValueError if two flags do not go together, or a file cannot be written."""
+    if args.checkpoint and (args.model or args.weights or args.row):
         raise ValueError("--model, --weights and --recipe are for other people's weights; a "
                          "checkpoint of train.py, --checkpoint, holds its model and recipe")
     if args.out and args.video:
@@ -753,77 +851,12 @@ def check_arguments(args):
     if args.out:
         check_output(args.out)
     if args.picture:
+        if len(args.video) > 1:
+            raise ValueError(f"--picture: of one video, but --video names {len(args.video)}")
         check_output(args.picture)
         ending = Path(args.picture).suffix.lower()
         if Image.registered_extensions().get(ending) not in Image.SAVE:
             raise ValueError(f"--picture {args.picture}: unknown kind of picture; try .png")
-
-
-def main():
-    args, module, recipe, checkpoint, path, config = parse_arguments()
-    protocol = make_protocol(recipe, args.protocol)
-
-    # processes, device and network
-    rank, _, device = start_process(args.device)
-    model, num_classes = load_weights(module, recipe, checkpoint, path)
-    model.to(device)
-    if args.channels_last:
-        use_channels_last(model)
-    if args.compile:
-        model = torch.compile(model)
-    options = dict(view_batch=args.view_batch, average=args.average,
-                   autocast=make_autocast(device, args.amp), channels_last=args.channels_last)
-
-    # the names of the classes
-    folder = args.data
-    if folder is None and not args.video:
-        folder = toy_folder(rank)
-    categories = config["categories"]
-    if folder is not None:
-        names = data.read_categories(folder)
-        if categories is not None:
-            data.compare_categories(categories, path, names, f"{folder}/categories.txt")
-        if len(names) != num_classes:
-            raise ValueError(f"{path} knows {num_classes} classes, {folder}/categories.txt names "
-                             f"{len(names)}")
-        categories = names
-    if categories is None:
-        categories = [f"class {k}" for k in range(num_classes)]
-
-    # --video: one process suffices
-    if args.video:
-        def score(views):
-            views = [view[None] for view in views]  # a batch of one video
-            return score_views(model.eval(), views, recipe, device, **options)[0].cpu().numpy()
-
-        status = 0
-        if rank == 0:
-            status = label_videos(args, score, recipe, protocol, categories)
-        end_process()
-        return status
-
-    # a list of videos
-    views = functools.partial(test_views, recipe=recipe, protocol=protocol)
-    videos = data.VideoList(folder, args.split, recipe, train=False, views=views)
-    batch = args.batch or max(1, args.view_batch // count_views(protocol))
-    scores = predict(model, videos, num_classes, recipe, device, batch, args.workers,
-                     progress_name="videos", **options)
-    labels = multi_hot(videos)
-    if rank == 0:
-        if args.out:
-            meta = {"model": config["model"], "recipe": recipe, "checkpoint": path,
-                    "iteration": checkpoint.get("iteration"), "list": str(videos.list),
-                    "classes": num_classes, "categories": categories,
-                    "protocol": {**protocol, "average": args.average},
-                    "left_out": videos.without_frames, "map": None}
-            if labels is not None:
-                meta["map"] = sample_map(scores, labels)
-            paths = [videos.video(row).path for row in range(len(videos))]
-            save_scores(args.out, paths, scores, labels, meta)
-        print(videos.describe())
-        print_metrics(scores, labels)
-    end_process()
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The training loop, its losses and its checkpoint.
+"""The training loop, its loss and its schedule.
 
     torchrun train.py --model tin                                   the toy: minutes on a laptop
     torchrun --nproc-per-node 8 train.py --model tin --data DATA    the report's recipe
@@ -19,7 +19,6 @@ report is silent; what we follow, or why, comes after it.
 """
 import argparse
 import datetime
-import functools
 import json
 import math
 import os
@@ -69,18 +68,8 @@ RECIPE = dict(
 )
 LOG_EVERY = 20  # steps
 
-# What a run has reached; a checkpoint holds it too.
-FRESH = dict(
-    epoch=0,        # whole epochs
-    iteration=0,    # steps
-    best_map=-1.0,  # on validation, a fraction
-    best_epoch=0,
-    validated=0,    # the last step after which the network was validated
-    losses=[],      # of the steps since the last log line
-)
 
-
-# ---- losses: logits and labels (B, K) -> scalar ----------------------------------------------
+# ---- the loss: logits and labels (B, K) -> scalar ------------------------------------------------
 
 def scaled_bce(logits, labels, scale=160.0, weight=None):
     """Binary cross-entropy, averaged over videos and classes, times `scale`; weight (K,).
@@ -90,20 +79,265 @@ def scaled_bce(logits, labels, scale=160.0, weight=None):
     restores the balance. A video has 1.96 labels on average, and 313 / 1.96 is 160, so the scaled
     loss is the sum over all classes, divided by the number of labels.
     """
-    logits = at_least_float32(logits)
-    if weight is not None:
-        weight = weight.to(logits)
-    return scale * F.binary_cross_entropy_with_logits(logits, labels.to(logits), weight=weight)
+    labels = labels.to(logits.dtype)
+    return scale * F.binary_cross_entropy_with_logits(logits, labels, weight=weight)
 
+
+def compute_loss(logits, labels, recipe, class_weight=None):
+    """The loss that the recipe names, always in float32."""
+    logits = logits.float()  # under autocast the network's answer may be in half precision
+    scale = recipe["loss_scale"]
+    if recipe["loss"] == "bce":
+        return scaled_bce(logits, labels, scale, class_weight)
+    if recipe["loss"] == "ce":
+        return scale * F.cross_entropy(logits, labels.argmax(dim=1))
+    if recipe["loss"] == "lsep":
+        return scale * lsep(logits, labels)
+    return scale * warp(logits, labels)
+
+
+# ---- the schedule --------------------------------------------------------------------------------
+
+def learning_rate(step, total, steps_per_epoch, recipe):
+    """The learning rate of a step, counted from 0, of `total` steps.
+
+    Report: a tenth at each milestone, or half a cosine over all steps. A warm-up is a line from a
+    tenth of the base rate to the curve's own value at its end (SlowFast's paper). The recipe's
+    values are for reference_batch clips a step: a larger batch gets a rate in proportion and a
+    shorter warm-up.
+    """
+    base = recipe["lr"] * recipe["batch"] / recipe["reference_batch"]
+    warmup = recipe["warmup"] * recipe["reference_batch"] / recipe["batch"]
+
+    # the curve; during the warm-up, its value at the end of the warm-up
+    place = max(step, warmup)
+    if recipe["schedule"] == "cosine":
+        lr = base * 0.5 * (1 + math.cos(math.pi * place / total))
+    else:
+        passed = 0
+        for milestone in recipe["milestones"]:
+            if place >= milestone * steps_per_epoch:
+                passed += 1
+        lr = base * 0.1**passed
+
+    # the warm-up's line up to that value
+    if step < warmup:
+        start = 0.1 * base
+        lr = start + (lr - start) * step / warmup
+    return lr
+
+
+# ---- the clips of each step: they depend on the seed alone, so that resuming needs no state ------
+
+def batches(num_videos, batch, seed, start, total, rank, world):
+    """For each step from `start` on, yield this process's share of the batch: [(epoch, row), ...].
+
+    An epoch is a permutation of the videos; the incomplete last batch is dropped. Epochs count
+    from 0 here.
+    """
+    steps_per_epoch = num_videos // batch
+    for step in range(start, total):
+        epoch, position = divmod(step, steps_per_epoch)
+        if position == 0 or step == start:  # a run may be resumed within an epoch
+            order = np.random.default_rng([seed, epoch]).permutation(num_videos)
+        rows = order[position * batch : (position + 1) * batch]
+        yield [(epoch, int(row)) for row in rows[rank::world]]
+
+
+def step_seed(seed, step, rank):
+    """The seed of what a step draws: dropout, and TRN's tuples."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
+def load_clips(videos, args, start, total, rank, world, device):
+    """An iterator over this process's batches from step `start` on: random clips, uint8
+    (B, T, H, W, 3), and their labels, float32 (B, K)."""
+    clips = data.TrainClips(videos, args.recipe, args.seed)
+    if args.skip_broken:
+        clips = data.SkipBroken(clips)
+    order = batches(len(videos), args.recipe["batch"], args.seed, start, total, rank, world)
+    loader = torch.utils.data.DataLoader(
+        clips,
+        batch_sampler=order,
+        num_workers=args.workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=data.ignore_interrupts,
+    )
+    return data.load(loader)
+
+
+# ---- one step and one validation -----------------------------------------------------------------
+
+def train_step(net, clips, labels, optimizer, scaler, recipe, class_weight, autocast):
+    """Update the weights by one batch: clips (B, T, 3, H, W), labels (B, K) -> (loss, norm of the
+    gradient before it is clipped)."""
+    # forward and backward; the scaler does nothing unless --amp is fp16
+    with autocast:
+        logits = net(clips)
+    loss = compute_loss(logits, labels, recipe, class_weight)
+    scaler.scale(loss).backward()
+
+    # update
+    scaler.unscale_(optimizer)
+    max_norm = recipe["clip_grad"] or math.inf
+    grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), max_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach(), grad_norm
+
+
+def validate(model, views, recipe, device, workers, **options):
+    """Score every validation video by one view -> (mAP, text for the log line)."""
+    # DDP copies the first process's running means to all when a step begins; the step then changes
+    # them in each process. Copy them once more, so that all score the network that is saved.
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+    labels = views.videos.label_matrix()
+    scores = evaluate.predict(model, views, labels.shape[1], recipe, device, workers=workers,
+                              **options)
+    val_map = evaluate.sample_map(scores, labels)
+    text = f"val mAP {100 * val_map:.2f}"
+    if recipe["loss"] == "ce":
+        top1, top5 = evaluate.hit_rates(scores, labels)
+        text += f"  top-1 {100 * top1:.2f}  top-5 {100 * top5:.2f}"
+    return val_map, text
+
+
+# ---- a run ---------------------------------------------------------------------------------------
+
+def main():
+    args = parse_arguments()
+    recipe = args.recipe
+    out = Path(args.out or f"runs/{args.model}")
+
+    # processes and device
+    rank, world, device = evaluate.start_process(args.device)
+    main_process = rank == 0  # prints, logs and saves
+    torch.backends.cudnn.benchmark = True  # clips have one size: let cuDNN try its algorithms
+
+    # videos
+    folder = args.data or evaluate.toy_folder(rank)
+    videos = data.VideoList(folder, "train")
+    val_videos = data.VideoList(folder, "val")
+    check_videos(videos, val_videos, recipe, world)
+    steps_per_epoch, total = count_steps(recipe, len(videos))
+
+    # network and optimiser
+    torch.manual_seed(args.seed)  # the same initial values in every process
+    model = args.module.build(recipe, len(videos.categories)).to(device)
+    if recipe["sync_bn"] and world > 1 and device.type == "cuda":  # PyTorch refuses it on a CPU
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if args.channels_last:
+        evaluate.use_channels_last(model)
+    optimizer, scaler = make_optimizer(model, recipe, device, args.amp)
+
+    # first weights, or the run that is resumed
+    step = 0  # steps taken so far
+    run = new_run(args, videos)  # its best_map, best_epoch, last validated step, and settings
+    checkpoint = find_checkpoint(out / "last.pt", args.resume, run["config"])
+    if checkpoint is None:
+        message = load_init(args.module, model, recipe, videos.categories)
+    else:
+        resume(checkpoint, model, optimizer, scaler)
+        step = checkpoint["iteration"]
+        run = {key: checkpoint[key] for key in run}
+        message = f"resuming from {out / 'last.pt'}"
+    if main_process:
+        clean_up(out, step, run["validated"])
+        print_plan(args, device, world, model, videos, val_videos, steps_per_epoch, total, step)
+        print(message, flush=True)
+
+    # `net` is what is trained; `model` stays the bare network, for validation and checkpoints
+    net = model
+    if world > 1:
+        net = torch.nn.parallel.DistributedDataParallel(model)
+    if args.compile:
+        net = torch.compile(net)
+    autocast = evaluate.make_autocast(device, args.amp)
+    class_weight = class_weights(videos.class_counts, recipe["class_weight"]).to(device)
+
+    # clips for training, views for validation
+    stream = load_clips(videos, args, step, total, rank, world, device)
+    views = evaluate.VideoViews(val_videos, recipe, evaluate.make_protocol(recipe))
+
+    # the loop; an epoch that was stopped in its validation has no step left to take
+    losses = []           # since the last log line
+    seconds_waited = 0.0  # for clips, since then
+    epochs = math.ceil(total / steps_per_epoch)
+    epochs_done = math.ceil(run["validated"] / steps_per_epoch)
+    for epoch in range(epochs_done + 1, epochs + 1):
+        last_step = min(epoch * steps_per_epoch, total)
+        log_start = time.time()
+        while step < last_step:
+            # a batch: uint8 (B, T, H, W, 3) -> float (B, T, 3, H, W), and labels (B, K)
+            wait_start = time.time()
+            clips, labels = next(stream)
+            seconds_waited += time.time() - wait_start
+            clips = clips.to(device, non_blocking=True)
+            clips = data.normalise(clips, recipe["mean"], recipe["std"], args.channels_last)
+            labels = labels.to(device, non_blocking=True)
+
+            # What a step draws depends on (seed, step, rank) alone: no generator's state to resume.
+            torch.manual_seed(step_seed(args.seed, step, rank))
+            lr = learning_rate(step, total, steps_per_epoch, recipe)
+            optimizer.param_groups[0]["lr"] = lr
+            loss, grad_norm = train_step(net, clips, labels, optimizer, scaler, recipe,
+                                         class_weight, autocast)
+            losses.append(loss)
+            step += 1
+
+            # log and save; last.pt is written before the validation, so a kill there loses no step
+            save_now = step % args.save_every == 0 or step == last_step
+            if save_now or step % LOG_EVERY == 0:
+                mean_loss = average_losses(losses, world)  # synchronises with the GPU
+                seconds = time.time() - log_start
+                line = {"epoch": epoch, "step": step, "loss": mean_loss, "lr": lr,
+                        "grad_norm": grad_norm.item(),
+                        "clips_per_s": len(losses) * recipe["batch"] / seconds,
+                        "data_share": seconds_waited / seconds}
+                check_finite(line, args.amp)
+                if main_process:
+                    append_log(out / "log.jsonl", line)
+                    print_step(line, recipe, total, device)
+                losses = []
+                seconds_waited = 0.0
+                log_start = time.time()
+            if save_now and main_process:
+                save(out / "last.pt", model, optimizer, scaler, epoch, step, run)
+
+        # validate after every epoch
+        val_map, text = validate(model, views, recipe, device, args.workers, autocast=autocast,
+                                 channels_last=args.channels_last)
+        if main_process:
+            print(f"epoch {epoch}  {text}", flush=True)
+            append_log(out / "log.jsonl", {"epoch": epoch, "step": step, "val_map": val_map})
+            run["validated"] = step
+            if val_map > run["best_map"]:
+                run["best_map"] = val_map
+                run["best_epoch"] = epoch
+                save(out / "best.pt", model, optimizer, scaler, epoch, step, run)
+            save(out / "last.pt", model, optimizer, scaler, epoch, step, run)
+
+    # the result
+    if main_process:
+        print(f"best val mAP {100 * run['best_map']:.2f} (epoch {run['best_epoch']})")
+    evaluate.end_process()
+    return 0
+
+
+# ==== Skip on first reading: other losses, first weights, checkpoints, the log, flags =============
+
+# ---- losses that the report tried and did not use ------------------------------------------------
 
 def lsep(logits, labels):
     """Log-sum-exp pairwise loss: log(1 + sum over negatives v and positives u of exp(f_v - f_u)),
     averaged over videos; 0 for a video without positives or without negatives.
 
     The double sum is a product of two sums, so this is exact without a matrix of pairs.
-    Li, Song and Luo 2017; report: tried, not used.
+    Li, Song and Luo 2017.
     """
-    logits = at_least_float32(logits)
     positive = labels.bool()
     lowest = torch.finfo(logits.dtype).min  # not -inf, whose gradient can be NaN
     negatives = logits.masked_fill(positive, lowest).logsumexp(dim=1)
@@ -116,10 +350,9 @@ def warp(logits, labels):
 
     For a positive u, a negative v violates the margin if 1 - f_u + f_v > 0. With V violators the
     loss of u is (1 + 1/2 + ... + 1/V) times the violators' mean of 1 - f_u + f_v.
-    Weston, Bengio and Usunier 2011; report: tried, not used. The papers estimate V by sampling;
-    with 313 classes the exact number is cheap.
+    Weston, Bengio and Usunier 2011. The papers estimate V by sampling; with 313 classes the exact
+    number is cheap.
     """
-    logits = at_least_float32(logits)
     positive = labels.bool()
 
     # One row for each pair of a video and one of its labels; there are P pairs in all.
@@ -135,79 +368,14 @@ def warp(logits, labels):
     return (rank_weight[count] * mean_margin).sum() / len(logits)
 
 
-def at_least_float32(x):
-    """Half precision as float32; float32 and float64 as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def class_weights(counts, kind):
-    """Training videos of each class, counts (K,) -> the classes' weights in the loss, or None.
+    """Training videos of each class, counts (K,) -> the weight of each class in the loss, (K,).
     Report: N_i / mean N ("ratio") or its root ("sqrt"); frequent classes weigh more."""
-    if kind == "none":
-        return None
-    weights = counts / counts.mean()
-    if kind == "sqrt":
-        weights = weights**0.5
-    return torch.tensor(weights, dtype=torch.float32)
+    powers = {"none": 0, "sqrt": 0.5, "ratio": 1}
+    return torch.tensor((counts / counts.mean()) ** powers[kind], dtype=torch.float32)
 
 
-def compute_loss(logits, labels, recipe, class_weight=None):
-    """The recipe's loss in float32."""
-    scale = recipe["loss_scale"]
-    if recipe["loss"] == "bce":
-        return scaled_bce(logits, labels, scale, class_weight)
-    if recipe["loss"] == "lsep":
-        return scale * lsep(logits, labels)
-    if recipe["loss"] == "warp":
-        return scale * warp(logits, labels)
-    return scale * F.cross_entropy(at_least_float32(logits), labels.argmax(dim=1))
-
-
-# ---- schedule and order: pure functions, so that resuming needs no state -----------------------
-
-def learning_rate(iteration, total, recipe):
-    """The learning rate of step `iteration` of `total`, counted from 0.
-
-    Report: a tenth at each milestone, or half a cosine over all steps. A warm-up is a line from a
-    tenth of the base rate to the curve's own value at its end (SlowFast's paper). The recipe's
-    values are for reference_batch clips a step: a larger batch gets a rate in proportion and a
-    shorter warm-up.
-    """
-    base = recipe["lr"] * recipe["batch"] / recipe["reference_batch"]
-    warmup = recipe["warmup"] * recipe["reference_batch"] / recipe["batch"]
-    if iteration < warmup:
-        start = 0.1 * base
-        end = learning_rate(warmup, total, recipe)
-        return start + (end - start) * iteration / warmup
-    if recipe["schedule"] == "cosine":
-        return base * 0.5 * (1 + math.cos(math.pi * iteration / total))
-    passed = 0
-    for milestone in recipe["milestones"]:
-        first_step = milestone * total / recipe["epochs"]
-        if iteration >= first_step - 1e-6:  # epochs can be a fraction, with a rounding error
-            passed += 1
-    return base * 0.1**passed
-
-
-def batches(num_videos, batch, seed, start, total, rank, world):
-    """Yield, for each step from `start` on, this process's indices into the data set. An epoch is a
-    permutation of the videos; the incomplete last batch is dropped."""
-    steps_per_epoch = num_videos // batch
-    order = None
-    for iteration in range(start, total):
-        epoch, position = divmod(iteration, steps_per_epoch)
-        if position == 0 or order is None:
-            order = np.random.default_rng([seed, epoch]).permutation(num_videos)
-        rows = order[position * batch : (position + 1) * batch][rank::world]
-        yield [epoch * num_videos + int(row) for row in rows]  # VideoList divides it up again
-
-
-def step_seed(seed, iteration, rank):
-    """The seed of what a step draws: dropout, and TRN's tuples."""
-    return int(np.random.SeedSequence([seed, iteration, rank]).generate_state(1)[0])
-
-
-# ---- first weights and checkpoints -----------------------------------------------------------
+# ---- first weights -------------------------------------------------------------------------------
 
 def load_init(module, model, recipe, categories):
     """Load the weights that the recipe's init names; returns a text that says what was read.
@@ -215,7 +383,7 @@ def load_init(module, model, recipe, categories):
     Three kinds of tensors may keep their initial values: a classifier of other classes, linear
     layers and their biases whose size depends on the number of frames, and whole parts that the
     file lacks, such as TIN's small networks in a file of TSM. Any other mismatch raises a
-    ValueError: that part of the network would be trained from nothing, unnoticed.
+    ValueError: that part of the network would be silently trained from scratch.
     """
     init = recipe["init"]
     if init == "none":
@@ -226,14 +394,16 @@ def load_init(module, model, recipe, categories):
         raise ValueError(f"--init {init}: no such file, and neither imagenet nor none")
     else:
         checkpoint = evaluate.read_checkpoint(init)
-    theirs = evaluate.convert(module, checkpoint, init)
-    ours = model.state_dict()
+    theirs = evaluate.state_of(module, checkpoint, init)
+    ours = {}
+    for key, tensor in model.state_dict().items():
+        if not key.endswith("num_batches_tracked"):  # a counter that nothing uses
+            ours[key] = tensor
     problems = evaluate.misfits(theirs, ours)
 
     # the classifier; one of the same size may still be for other classes
     classifier = evaluate.classifier_keys(module, recipe)
-    config = checkpoint.get("config")
-    if isinstance(config, dict) and config.get("categories") not in (None, categories):
+    if evaluate.is_ours(checkpoint) and checkpoint["config"]["categories"] != categories:
         for key in classifier:
             problems[key] = f"{key} is for other classes in the file"
 
@@ -241,19 +411,12 @@ def load_init(module, model, recipe, categories):
     fitting = {key: theirs[key] for key in ours if key not in problems}
     parts = {key.split(".")[0] for key in fitting}
     for key, problem in problems.items():
-        if key in classifier:
-            continue
-        if key not in ours:
-            allowed = False
-        elif key not in theirs:
-            allowed = key.split(".")[0] not in parts  # the file lacks the whole part
-        else:
-            allowed = ours[key].dim() <= 2  # another convolution means another network
-        if not allowed:
-            raise ValueError(f"--init {init}: {problem}; the file is of another network or size")
-    if not fitting:
-        raise ValueError(f"--init {init}: nothing in the file fits this network")
-    if len(fitting) < 0.4 * len(ours):  # one of two pathways is nearly a half
+        missing_part = key not in theirs and key.split(".")[0] not in parts
+        linear = key in theirs and key in ours and ours[key].dim() <= 2
+        if not (key in classifier or missing_part or linear):
+            raise ValueError(f"--init {init}: {problem}; the file belongs to another network or "
+                             "size")
+    if len(fitting) < 0.4 * len(ours):  # one SlowFast pathway has nearly half of the tensors
         raise ValueError(f"--init {init}: only {len(fitting)} of {len(ours)} tensors fit; for "
                          f"example, {next(iter(problems.values()))}")
     model.load_state_dict(fitting, strict=False)
@@ -269,7 +432,7 @@ def load_init(module, model, recipe, categories):
 
 def imagenet_weights(recipe):
     """torchvision's ImageNet weights for the recipe's ResNet."""
-    backbone = recipe.get("backbone") or f"resnet{recipe['depth']}"
+    backbone = recipe.get("backbone", "weights for this network")
     try:
         weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
     except ValueError:
@@ -282,6 +445,60 @@ def imagenet_weights(recipe):
                       f"{torch.hub.get_dir()}/checkpoints, or pass --init none") from None
 
 
+# ---- optimiser and checkpoints -------------------------------------------------------------------
+
+def make_optimizer(model, recipe, device, amp):
+    """SGD with one group for all parameters, as the report's authors have it, and fp16's scaler."""
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        momentum=recipe["momentum"],
+        nesterov=recipe["nesterov"],
+        weight_decay=recipe["weight_decay"],
+        # with fp16 the scaler may skip the first step; fused SGD's momentum is uninitialised then
+        fused=amp != "fp16",
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    return optimizer, scaler
+
+
+def new_run(args, videos):
+    """What a checkpoint holds beside the weights, the optimiser and the number of steps."""
+    return {
+        "validated": 0,    # the step after which the network was last validated
+        "best_map": -1.0,  # on validation, a fraction
+        "best_epoch": 0,
+        "class_counts": videos.class_counts.tolist(),
+        "config": {
+            "model": args.model,
+            "recipe": args.recipe,
+            "seed": args.seed,
+            "categories": videos.categories,
+            "videos": len(videos),
+            "list_hash": videos.hash,
+        },
+    }
+
+
+def save(path, model, optimizer, scaler, epoch, step, run):
+    """Write a checkpoint, whole or not at all: a plain dict that torch.load(weights_only=True)
+    reads. No key has a prefix of DDP's or torch.compile's, since `model` is the bare network."""
+    checkpoint = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "epoch": epoch,
+        "iteration": step,
+        **run,
+    }
+    try:
+        with data.replacing(path) as part:
+            torch.save(checkpoint, part)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        reason = str(error).split("\n")[0]
+        raise OSError(f"{path}: could not be written ({reason}); nothing was "
+                      "overwritten") from None
+
+
 def find_checkpoint(last, resume, config):
     """What last.pt holds, or None if it is not there. ValueError if it is there but was not asked
     for, or if it belongs to another run than this one."""
@@ -292,16 +509,19 @@ def find_checkpoint(last, resume, config):
                          "another --out")
     checkpoint = evaluate.read_checkpoint(last)
     theirs = checkpoint["config"]
-    way_out = f"; to start a new run from its weights: --init {last} --out NEW"
+    hint = f"; to start a new run from its weights: --init {last} --out NEW"
+
+    # the classes and the list
     try:
         data.compare_categories(config["categories"], "this data folder", theirs["categories"],
                                 last)
     except ValueError as error:
-        raise ValueError(f"{error}{way_out}") from None
-    if (config["videos"], config["list_hash"]) != (theirs["videos"], theirs["list_hash"]):
+        raise ValueError(f"{error}{hint}") from None
+    if config["list_hash"] != theirs["list_hash"]:
         raise ValueError(f"{last}: was trained on another list, of {theirs['videos']} videos; the "
-                         f"list here has {config['videos']}{way_out}")
+                         f"list here has {config['videos']}{hint}")
 
+    # the network and its settings
     ours = {"model": config["model"], "seed": config["seed"], **config["recipe"]}
     theirs = {"model": theirs["model"], "seed": theirs["seed"], **theirs["recipe"]}
     differences = []
@@ -309,46 +529,13 @@ def find_checkpoint(last, resume, config):
         if ours.get(key) != theirs.get(key):
             differences.append(f"{key} {theirs.get(key)} there, {ours.get(key)} here")
     if differences:
-        raise ValueError(f"{last}: belongs to another run: {', '.join(differences)}{way_out}")
+        raise ValueError(f"{last}: belongs to another run: {', '.join(differences)}{hint}")
     return checkpoint
 
 
-def make_optimizer(model, recipe, device, amp):
-    """SGD with one group for all parameters, as the report's authors have it, and fp16's scaler."""
-    # Not fused with fp16: if the scaler skips the first step, fused SGD starts with a momentum of
-    # whatever the memory held.
-    optimizer = torch.optim.SGD(model.parameters(), momentum=recipe["momentum"],
-                                nesterov=recipe["nesterov"], weight_decay=recipe["weight_decay"],
-                                fused=amp != "fp16")
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    return optimizer, scaler
-
-
-def make_checkpoint(model, optimizer, scaler, state, config, videos):
-    """A plain dict that torch.load(weights_only=True) reads. Its keys have no prefix of DDP's or
-    torch.compile's, since `model` is the bare network."""
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(), **state, "config": config,
-            "class_counts": videos.class_counts.tolist()}
-
-
-def save(path, checkpoint):
-    """Write a checkpoint whole or not at all: until it is complete it has another name, so a full
-    disk or a kill leaves the previous one."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        torch.save(checkpoint, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = str(error).split("\n")[0]
-        raise OSError(f"{path}: could not be written ({reason}); nothing was "
-                      "overwritten") from None
-    finally:
-        part.unlink(missing_ok=True)  # only there if something went wrong
-
-
-def load_optimizer(optimizer, scaler, checkpoint):
-    """The state of a checkpoint, even if it was written with another --amp or --channels-last."""
+def resume(checkpoint, model, optimizer, scaler):
+    """Load a checkpoint, even if it was written with another --amp or --channels-last."""
+    model.load_state_dict(checkpoint["model"])
     fused = optimizer.param_groups[0]["fused"]
     optimizer.load_state_dict(checkpoint["optimizer"])
     optimizer.param_groups[0]["fused"] = fused
@@ -361,23 +548,28 @@ def load_optimizer(optimizer, scaler, checkpoint):
         values["momentum_buffer"] = momentum
 
 
-# ---- the log ---------------------------------------------------------------------------------
+# ---- the log -------------------------------------------------------------------------------------
 
-def clean_log(path, state):
-    """Drop from the log what a stopped run wrote after its last checkpoint."""
-    if not path.exists():
+def clean_up(out, step, validated):
+    """Make the folder of a run, and drop from it what a stopped run wrote after its last
+    checkpoint."""
+    out.mkdir(parents=True, exist_ok=True)
+    for part in out.glob("*.part-*"):  # a kill cut it off
+        part.unlink()
+    log = out / "log.jsonl"
+    if not log.exists():
         return
     kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in log.read_text(encoding="utf-8").splitlines():
         if not text.endswith("}"):  # a kill cut it off
             continue
         line = json.loads(text)
-        written = state["iteration"]
+        written = step
         if "val_map" in line:
-            written = state["validated"]
+            written = validated
         if line["step"] <= written:
             kept.append(text)
-    data.write_lines(path, kept)
+    data.write_lines(log, kept)
 
 
 def append_log(path, line):
@@ -387,57 +579,23 @@ def append_log(path, line):
 
 
 def average_losses(losses, world):
-    """The losses of some steps, scalar tensors, as floats: means over the processes. Here training
-    waits for the GPU, so this is not done at every step."""
-    values = torch.stack(losses).float()
+    """The mean over steps and processes of scalar tensors, as a float."""
+    values = torch.stack(losses)
     if world > 1:
         dist.all_reduce(values)
         values /= world
-    return values.tolist()
+    return sum(values.tolist()) / len(losses)
 
 
-def check_finite(state, grad_norm, amp):
+def check_finite(line, amp):
     """ValueError where training has gone wrong, before a checkpoint is written."""
-    finite = all(math.isfinite(loss) for loss in state["losses"])
+    finite = math.isfinite(line["loss"])
     if amp != "fp16":  # there the gradient overflows now and then, and the scaler skips the step
-        finite = finite and math.isfinite(grad_norm)
+        finite = finite and math.isfinite(line["grad_norm"])
     if not finite:
-        raise ValueError(f"the loss or its gradient is not finite at step {state['iteration']} or "
+        raise ValueError(f"the loss or its gradient is not finite at step {line['step']} or "
                          "shortly before, and no checkpoint was written after that; try a smaller "
                          "--lr or --clip-grad, or --amp bf16 in place of fp16")
-
-
-def print_settings(args, recipe, device, world, model, videos, val):
-    """The whole recipe, the device, the network and the videos."""
-    for key, value in recipe.items():
-        print(f"  {key:16} {value}")
-    hardware = f"{torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, "
-          f"{world} x {device.type} ({hardware})")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{args.model}: {parameters:,} parameters, {len(videos.categories)} classes")
-    print(videos.describe())
-    print(val.describe())
-    classes_per_label = len(videos.categories) * len(videos) / max(videos.class_counts.sum(), 1)
-    print(f"loss {recipe['loss']}, scale {recipe['loss_scale']:g}; classes / labels per video: "
-          f"{classes_per_label:.1f}")
-
-
-def print_plan(recipe, world, steps_per_epoch, total, start):
-    """The batch, the steps and the learning rate that follow from the recipe."""
-    batch = recipe["batch"]
-    reference = recipe["reference_batch"]
-    print(f"batch {batch} = {world} processes x {batch // world} clips; "
-          f"{steps_per_epoch} steps an epoch, {total} in all, from {start}")
-    print(f"learning rate {recipe['lr']} x {batch} / {reference} = "
-          f"{recipe['lr'] * batch / reference:g}")
-    if total < 100:
-        print(f"warning: {total} steps are too few to learn much; raise --epochs, or lower --batch "
-              "for more steps an epoch, and start from a trained network with --init FILE")
-    if start == total:
-        print("finished already")
 
 
 def print_step(line, recipe, total, device):
@@ -453,119 +611,114 @@ def print_step(line, recipe, total, device):
           f"data {100 * line['data_share']:.0f} %  {memory}left {left}", flush=True)
 
 
-# ---- the parts of a run ----------------------------------------------------------------------
+# ---- the plan of a run ---------------------------------------------------------------------------
 
-def open_videos(folder, recipe, args):
-    """(training videos, validation videos seen by one view, the labels of these (N, K))."""
-    videos = data.VideoList(folder, "train", recipe, train=True, seed=args.seed,
-                            skip_broken=args.skip_broken)
-    views = functools.partial(evaluate.test_views, recipe=recipe,
-                              protocol=evaluate.make_protocol(recipe, "clip"))
-    val = data.VideoList(folder, "val", recipe, train=False, views=views)
-    val_labels = evaluate.multi_hot(val)
-    if val_labels is None:
-        raise ValueError(f"{val.list}: no video has a label, so the best epoch cannot be told")
+def check_videos(videos, val_videos, recipe, world):
+    """ValueError if the lists cannot be used with this recipe by so many processes."""
+    batch = recipe["batch"]
+    if val_videos.label_matrix() is None:
+        raise ValueError(f"{val_videos.file}: no video has a label, so the best epoch cannot be "
+                         "told")
     if recipe["loss"] == "ce":
         for row in range(len(videos)):
-            video = videos.video(row)
-            if len(video.labels) != 1:
-                raise ValueError(f"{videos.list}:{video.line}: {len(video.labels)} labels; "
-                                 "--loss ce needs exactly one for every video")
-    return videos, val, val_labels
-
-
-def count_steps(recipe, videos, world):
-    """(steps of an epoch, steps in all)."""
-    batch = recipe["batch"]
+            labels = len(videos.labels(row))
+            if labels != 1:
+                raise ValueError(f"{videos.place(row)}: {labels} labels; --loss ce needs exactly "
+                                 "one for every video")
     if len(videos) < world:
-        raise ValueError(f"{videos.list}: {len(videos)} videos are too few for {world} processes")
+        raise ValueError(f"{videos.file}: {len(videos)} videos are too few for {world} processes")
     if batch > len(videos):
         largest = len(videos) // world * world
-        raise ValueError(f"--batch {batch}: more than the {len(videos)} videos of {videos.list}; "
+        raise ValueError(f"--batch {batch}: more than the {len(videos)} videos of {videos.file}; "
                          f"try --batch {largest}")
     if batch % world != 0:
         raise ValueError(f"--batch {batch}: is split over {world} processes, so it must be a "
                          f"multiple of {world}")
-    steps_per_epoch = len(videos) // batch
-    if recipe["iterations"] > 0:
-        total = round(recipe["iterations"] * recipe["reference_batch"] / batch)
-        return steps_per_epoch, max(total, 1)
-    return steps_per_epoch, recipe["epochs"] * steps_per_epoch
 
 
-def validate(model, val, val_labels, recipe, device, world, args, autocast):
-    """(mAP, text for the log line): every validation video, seen by one view."""
-    # DDP copies the first process's running means to all when a step begins; the step then changes
-    # them in each process. Copy them once more, so that all score the network that is saved.
-    if world > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-    scores = evaluate.predict(model, val, val_labels.shape[1], recipe, device,
-                              workers=args.workers, autocast=autocast,
-                              channels_last=args.channels_last)
-    val_map = evaluate.sample_map(scores, val_labels)
-    text = f"val mAP {100 * val_map:.2f}"
-    if recipe["loss"] == "ce":
-        top1, top5 = evaluate.hit_rates(scores, val_labels)
-        text += f"  top-1 {100 * top1:.2f}  top-5 {100 * top5:.2f}"
-    return val_map, text
+def count_steps(recipe, num_videos):
+    """(steps of an epoch, steps in all)."""
+    steps_per_epoch = num_videos // recipe["batch"]
+    if recipe["iterations"] == 0:
+        return steps_per_epoch, recipe["epochs"] * steps_per_epoch
+    total = round(recipe["iterations"] * recipe["reference_batch"] / recipe["batch"])
+    return steps_per_epoch, max(total, 1)
 
+
+def print_plan(args, device, world, model, videos, val_videos, steps_per_epoch, total, step):
+    """The whole recipe, the device, the network, the videos, and the steps that follow."""
+    recipe = args.recipe
+    for key, value in recipe.items():
+        print(f"  {key:16} {value}")
+    hardware = f"{torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, "
+          f"{world} x {device.type} ({hardware})")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{args.model}: {parameters:,} parameters, {len(videos.categories)} classes")
+    print(data.describe_videos(videos))
+    print(data.describe_videos(val_videos))
+
+    classes_per_label = len(videos.categories) * len(videos) / max(videos.class_counts.sum(), 1)
+    print(f"loss {recipe['loss']}, scale {recipe['loss_scale']:g}; classes / labels per video: "
+          f"{classes_per_label:.1f}")
+    batch = recipe["batch"]
+    reference = recipe["reference_batch"]
+    print(f"batch {batch} = {world} processes x {batch // world} clips; "
+          f"{steps_per_epoch} steps an epoch, {total} in all, from {step}")
+    print(f"learning rate {recipe['lr']} x {batch} / {reference} = "
+          f"{recipe['lr'] * batch / reference:g}")
+    if total < 100:
+        print(f"warning: {total} steps are too few to learn much; raise --epochs, or lower --batch "
+              "for more steps an epoch, and start from a trained network with --init FILE")
+    if step == total:
+        print("finished already")
+
+
+# ---- flags ---------------------------------------------------------------------------------------
 
 def parse_arguments():
-    """(args, the model file's module, recipe): a row of RECIPES with the values given as flags."""
-    basic = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    basic.add_argument("--model", metavar="NAME",
-                       help="a model file beside this script, such as tin")
-    basic.add_argument("--recipe", metavar="ROW",
-                       help="a row of its RECIPES (default: toy without --data, else the first)")
-    basic.add_argument("--data", metavar="DATA",
-                       help="a data folder (default: the toy, drawn into runs/toy)")
-
+    """The flags. args.module is the model file, args.recipe a row of its RECIPES with the values
+    that were given as flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[basic], allow_abbrev=False,
+        usage="train.py --model NAME [--data DATA] [--FLAG VALUE ...]; see --help",
+        add_help=False, allow_abbrev=False,
         epilog="--model NAME --help shows the flags of the recipe's values too.")
     add = parser.add_argument
+    add("--model", metavar="NAME", help="a model file beside this script, such as tin")
+    add("--recipe", metavar="ROW", dest="row",
+        help="a row of its RECIPES (default: toy without --data, else the first)")
+    add("--data", metavar="DATA", help="a data folder (default: the toy, drawn into runs/toy)")
     add("--out", metavar="DIR", help="for checkpoints and log (default: runs/MODEL)")
     add("--resume", action="store_true", help="go on from OUT/last.pt, or start if there is none")
-    add("--save-every", type=int, default=500, metavar="STEPS",
+    add("--save-every", type=data.at_least(1), default=500, metavar="STEPS",
         help="write last.pt every STEPS steps, and after every epoch (%(default)s)")
-    add("--seed", type=int, default=0, help="random seed (%(default)s)")
-    add("--workers", type=int, default=2,
-        help="loader processes per process, 0: none (%(default)s)")
-    add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
-    add("--amp", default="off", choices=["off", "bf16", "fp16"],
-        help="half precision (%(default)s)")
-    add("--channels-last", action="store_true", help="channels innermost in memory: faster on GPUs")
-    add("--compile", action="store_true", help="torch.compile the network")
+    add("--seed", type=data.at_least(0), default=0, help="random seed (%(default)s)")
     add("--skip-broken", action="store_true",
         help="replace a training video that cannot be read by the next one")
+    evaluate.add_shared_flags(parser)
 
-    # the recipe, whose keys are flags too
-    known, _ = basic.parse_known_args()
-    if known.model is None:
-        parser.parse_known_args()  # prints --help, if it was asked for
-        parser.error("which network? --model NAME, a model file such as tin")
-    row = known.recipe
-    if row is None and known.data is None:
-        row = "toy"
-    module, recipe = evaluate.open_model(known.model, row, (data.RECIPE, evaluate.RECIPE, RECIPE))
-    evaluate.add_recipe_flags(parser, recipe)
+    # the recipe, whose keys are flags too; --help comes last, so that it shows them
+    known, _ = parser.parse_known_args()
+    recipe = {}
+    if known.model is not None:
+        row = known.row
+        if row is None and known.data is None:
+            row = "toy"
+        pages = (data.RECIPE, evaluate.RECIPE, RECIPE)
+        module, recipe = evaluate.open_model(known.model, row, pages)
+        evaluate.add_recipe_flags(parser, recipe)
+    add("-h", "--help", action="help")
     args = parser.parse_args()
-
+    if args.model is None:
+        parser.error("which network? --model NAME, a model file such as tin")
     given = {key: value for key, value in vars(args).items() if key in recipe}
     if given.get("loss", "bce") != "bce" and "loss_scale" not in given:
         given["loss_scale"] = 1.0  # 160 belongs to the mean of binary cross-entropy
     recipe = evaluate.override(recipe, given)
-    check_arguments(args, recipe)
-    for key, value in recipe.items():
-        if isinstance(value, tuple):
-            recipe[key] = list(value)  # as a checkpoint holds it, so that the two compare
-    return args, module, recipe
 
-
-def check_arguments(args, recipe):
-    """ValueError with the flag, if the values cannot be used."""
     evaluate.check_recipe(recipe)
     if recipe["loss_scale"] == 0:
         raise ValueError("--loss-scale 0: must be larger than 0")
@@ -573,164 +726,14 @@ def check_arguments(args, recipe):
         raise ValueError(f"--epochs {recipe['epochs']}: at least 1")
     if recipe["class_weight"] != "none" and recipe["loss"] != "bce":
         raise ValueError(f"--class-weight {recipe['class_weight']}: goes with --loss bce")
-    if args.save_every < 1:
-        raise ValueError(f"--save-every {args.save_every}: at least 1")
-    if args.workers < 0:
-        raise ValueError(f"--workers {args.workers}: at least 0")
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: at least 0")
-
-
-def main():
-    args, module, recipe = parse_arguments()
-    out = Path(args.out or f"runs/{args.model}")
-
-    # ---- processes and device
-    rank, world, device = evaluate.start_process(args.device)
-    main_process = rank == 0  # prints, logs and saves
-    torch.backends.cudnn.benchmark = True  # clips have one size: let cuDNN try its algorithms
-
-    # ---- videos
-    folder = args.data or evaluate.toy_folder(rank)
-    videos, val, val_labels = open_videos(folder, recipe, args)
-    steps_per_epoch, total = count_steps(recipe, videos, world)
-    batch = recipe["batch"]
-
-    # ---- model and optimiser
-    torch.manual_seed(args.seed)  # the same initial values in every process
-    model = module.build(recipe, len(videos.categories)).to(device)
-    if recipe["sync_bn"] and world > 1 and device.type == "cuda":  # PyTorch refuses it on a CPU
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if args.channels_last:
-        evaluate.use_channels_last(model)
-    optimizer, scaler = make_optimizer(model, recipe, device, args.amp)
-
-    # ---- first weights, or those of the run that is resumed
-    config = {"model": args.model, "recipe": recipe, "seed": args.seed,
-              "categories": videos.categories, "videos": len(videos), "list_hash": videos.hash}
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
-    checkpoint = find_checkpoint(out / "last.pt", args.resume or restarted, config)
-    state = dict(FRESH)
-    if checkpoint is None:
-        message = load_init(module, model, recipe, videos.categories)
-    else:
-        model.load_state_dict(checkpoint["model"])
-        load_optimizer(optimizer, scaler, checkpoint)
-        state = {key: checkpoint[key] for key in FRESH}
-        message = f"resuming from {out / 'last.pt'}"
-    step = state["iteration"]
-    if main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        clean_log(out / "log.jsonl", state)
-        print_settings(args, recipe, device, world, model, videos, val)
-        print_plan(recipe, world, steps_per_epoch, total, step)
-        print(message, flush=True)
-
-    # ---- `model` stays the bare network, for checkpoints and validation; `net` is what is trained
-    net = model
-    if world > 1:
-        net = torch.nn.parallel.DistributedDataParallel(model)
-    if args.compile:
-        net = torch.compile(net)
-    autocast = evaluate.make_autocast(device, args.amp)
-    class_weight = class_weights(videos.class_counts, recipe["class_weight"])
-    max_norm = recipe["clip_grad"] or math.inf
-    # With --iterations the recipe's epochs is 0, but the milestones need the real number.
-    rate_recipe = {**recipe, "epochs": total / steps_per_epoch}
-
-    def save_as(name):
-        if main_process:
-            save(out / name, make_checkpoint(model, optimizer, scaler, state, config, videos))
-
-    # ---- the loop
-    indices = batches(len(videos), batch, args.seed, step, total, rank, world)
-    loader = torch.utils.data.DataLoader(
-        videos, batch_sampler=indices, num_workers=args.workers,
-        pin_memory=device.type == "cuda", worker_init_fn=data.ignore_interrupts)
-    stream = iter(data.load(loader))
-    new_losses = []  # tensors on the device; state["losses"] has the older ones as numbers
-    steps_since_log = 0
-    seconds_waited = 0.0  # for clips, since the last log line
-    log_time = time.time()
-    while True:
-        # Validate after every epoch and after the last step. This comes first in the loop, because
-        # a resumed run may have to begin with it.
-        if state["validated"] < step and (step % steps_per_epoch == 0 or step == total):
-            paused = time.time()
-            val_map, text = validate(model, val, val_labels, recipe, device, world, args, autocast)
-            epoch = math.ceil(step / steps_per_epoch)
-            state["validated"] = step
-            if main_process:
-                print(f"epoch {epoch}  {text}", flush=True)
-                append_log(out / "log.jsonl", {"epoch": epoch, "step": step, "val_map": val_map})
-            if val_map > state["best_map"]:
-                state["best_map"] = val_map
-                state["best_epoch"] = epoch
-                save_as("best.pt")
-            save_as("last.pt")
-            log_time += time.time() - paused  # not the time of training
-        if step == total:
-            break
-
-        # a batch: uint8 (B, T, H, W, 3) -> float (B, T, 3, H, W), and labels (B, K)
-        asked = time.time()
-        clips, labels, _ = next(stream)
-        seconds_waited += time.time() - asked
-        clips = clips.to(device, non_blocking=True)
-        clips = data.normalise(clips, recipe["mean"], recipe["std"], args.channels_last)
-        labels = labels.to(device, non_blocking=True)
-
-        # What a step draws depends on (seed, step, rank) alone: no generator's state to resume.
-        torch.manual_seed(step_seed(args.seed, step, rank))
-        lr = learning_rate(step, total, rate_recipe)
-        optimizer.param_groups[0]["lr"] = lr
-
-        # forward and backward
-        with autocast:
-            logits = net(clips)
-        loss = compute_loss(logits, labels, recipe, class_weight)  # in float32, outside autocast
-        scaler.scale(loss).backward()
-
-        # update
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        new_losses.append(loss.detach())
-        step += 1
-        steps_since_log += 1
-
-        # log and save; last.pt is written before validation, so a kill there loses no step
-        log_now = step % LOG_EVERY == 0 or step == total
-        save_now = step % args.save_every == 0 or step % steps_per_epoch == 0 or step == total
-        if log_now or save_now:
-            state["iteration"] = step
-            state["epoch"] = step // steps_per_epoch  # whole ones; a log line says which is running
-            state["losses"] = state["losses"] + average_losses(new_losses, world)
-            new_losses.clear()
-            check_finite(state, grad_norm.item(), args.amp)
-        if log_now:
-            seconds = time.time() - log_time
-            line = {"epoch": math.ceil(step / steps_per_epoch), "step": step,
-                    "loss": sum(state["losses"]) / len(state["losses"]), "lr": lr,
-                    "grad_norm": grad_norm.item(), "clips_per_s": steps_since_log * batch / seconds,
-                    "data_share": seconds_waited / seconds}
-            if main_process:
-                append_log(out / "log.jsonl", line)
-                print_step(line, recipe, total, device)
-            state["losses"] = []
-            steps_since_log = 0
-            seconds_waited = 0.0
-            log_time = time.time()
-        if save_now:
-            save_as("last.pt")
-
-    # ---- the result
-    if main_process:
-        print(f"best val mAP {100 * state['best_map']:.2f} (epoch {state['best_epoch']})")
-    evaluate.end_process()
-    return 0
+    for key, value in recipe.items():
+        if isinstance(value, tuple):
+            recipe[key] = list(value)  # as a checkpoint holds it, so that the two compare
+    args.module = module
+    args.recipe = recipe
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:  # torchrun started it again
+        args.resume = True
+    return args
 
 
 if __name__ == "__main__":
