@@ -54,24 +54,18 @@ def read_meta(path):
     return meta
 
 
-def backbone_of(recipe):
-    """The backbone's name; TSM, TIN and SlowFast give the depth of a ResNet instead."""
-    if "backbone" in recipe:
-        return recipe["backbone"]
-    return f"resnet{recipe['depth']}"
-
-
 def find_row(path, model, recipe):
     """The row of the report in which a network stands."""
     if model not in MODELS:
         raise ValueError(f"{path}: the report has no network {model}")
     rows = MODELS[model].RECIPES
+    size = "depth" if model == "slowfast" else "backbone"
     for row, values in rows.items():
         if row == "toy" or values.get("variant") != recipe.get("variant"):
             continue
-        if backbone_of(recipe) == backbone_of(rows["toy"]):
+        if recipe[size] == rows["toy"][size]:
             return row
-        if backbone_of(recipe) == backbone_of(values) and recipe["frames"] == values["frames"]:
+        if recipe[size] == values[size] and recipe["frames"] == values["frames"]:
             return row
     raise ValueError(f"{path}: the report has no {model} of this size")
 
@@ -134,7 +128,7 @@ def print_image_models(cells):
     for model, module in IMAGE_MODELS.items():
         for row, figure in module.REPORTED.items():
             recipe = module.RECIPES[row]
-            print_row(model.upper(), BACKBONES[backbone_of(recipe)], str(recipe["frames"]),
+            print_row(model.upper(), BACKBONES[recipe["backbone"]], str(recipe["frames"]),
                       f"`{row}`", reported(figure), ours(cells, model, row, "clip"),
                       ours(cells, model, row, "dense"))
 

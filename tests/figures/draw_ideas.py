@@ -65,7 +65,7 @@ def at_own_time(arrivals):
 
 def tsn_arrivals():
     """What arrives in TSN's logits, (S, C)."""
-    net = tsn.TSN(16, segments=8, backbone="resnet18").eval()
+    net = tsn.TSN(16, frames=8, backbone="resnet18").eval()
 
     # without its weights, features and logits are the frames' own values
     net.backbone = torch.nn.Flatten()
@@ -226,7 +226,7 @@ def picture():
     for number, draw_panel in enumerate([draw_tsn, draw_tsm, draw_tin, draw_trn, draw_slowfast]):
         draw_panel(image, number * PANEL + MARGIN)
     legend = "Each colour is a frame: it shows where that frame's values arrive, and in what share."
-    write(image, MARGIN, LEGEND, legend + " Light grey is zero.", 26)
+    write(image, MARGIN, LEGEND, legend + " In light grey cells nothing arrives.", 26)
     return image
 
 
