@@ -13,8 +13,9 @@ A data folder:
 How a clip is made: list line -> frame indices -> only those JPEGs are decoded -> one crop and one
 flip for the whole clip -> uint8 (T, H, W, 3). It stays uint8 until it is on the training device,
 because floats would be four times the bytes. Everything random about a training clip comes from
-np.random.default_rng([seed, epoch, row]), where row is the video's number in the list. So the clip
-is the same whichever worker makes it, and whatever was made before.
+np.random.default_rng([seed, epoch, row]), where row is the video's number in the list (a row of
+RECIPES is something else). So it matters neither which worker makes a clip nor what was made
+before.
 
 N videos, K classes, B clips, T frames in a clip, H height, W width. Frame indices count from 0:
 index i is the file img_(i + 1).jpg.
@@ -55,8 +56,8 @@ RECIPE = dict(
     # which frames
     sampling="segments",  # "segments": one frame from each of T equal parts (report, for 2D
                           # networks); "clip": T frames from one window (report, for SlowFast)
-    stride=1,             # step from one frame of the window to the next, 1: all its frames;
-                          # ignored when sampling is "segments"
+    stride=1,             # distance in frames between neighbouring frames of the clip, 1:
+                          # consecutive; ignored when sampling is "segments"
 
     # which pixels, in training
     augment="multiscale", # "multiscale": crops of 1, .875, .75 and .66 of the short side (the
@@ -81,7 +82,7 @@ FRAME = "img_{:05d}.jpg"
 class Video(NamedTuple):
     path: str           # its frames are in the folder DATA/frames/path
     frames: int | None  # None: the list does not say (lists of other projects)
-    labels: list        # class ids without repeats, or class names; empty: unlabelled
+    labels: list        # class ids, or names in a csv of names; no repeats; empty: unlabelled
     line: int           # its line in the list file, counted from 1
 
 
@@ -89,9 +90,9 @@ def read_list(path, format="auto", num_classes=None):
     """A list file -> [Video, ...] in its order.
 
     format: "ours", one of the FORMATS of other projects, or "auto", which decides between ours and
-    csv. If several lines name one path, their labels are united. A video of 0 frames is left out. A
-    line that cannot be read, or a label >= num_classes, raises a ValueError that names the file and
-    the line.
+    csv. If several lines name one path, their labels are united, and their numbers of frames must
+    agree. A video of 0 frames is left out. A line that cannot be read, or a label >= num_classes,
+    raises a ValueError that names the file and the line.
     """
     lines = numbered_lines(read_text(path))
     if format == "auto":
@@ -120,7 +121,7 @@ def segment_indices(num_frames, segments, rng=None):
     """One frame from each of `segments` equal parts of the video: int array (segments,).
 
     rng None: the middle of each part; otherwise a random place in it. Works for every
-    num_frames >= 1: a short video repeats frames, in order. Report: "evenly select".
+    num_frames >= 1: a short video repeats frames, in order. The report says "evenly select".
     The authors' code rounds the length of a part down, so the last frames are never trained on.
     Here every frame can be drawn.
     """
@@ -139,8 +140,9 @@ def clip_indices(num_frames, length, stride, start):
 
 
 def clip_starts(num_frames, length, stride, views):
-    """First frames of `views` clips, spread evenly over the video: int array (views,). A single
-    clip is the middle one. As in the authors' code, a clip takes up length * stride frames."""
+    """First frames of clips that are spread evenly over the video, one for each view: int array
+    (views,). A single clip is the middle one. As in the authors' code, a clip takes up length *
+    stride frames: the gap after its last frame counts too."""
     room = max(0, num_frames - length * stride)
     if views == 1:
         return np.array([room // 2])
@@ -189,13 +191,13 @@ def multiscale_box(width, height, target, rng):
     """The multi-scale crop of TSN's authors: the box (x, y, w, h) of a frame, which will be resized
     to target x target.
 
-    w and h are 1, .875, .75 or .66 of the short side, equal or neighbours in this list, so the
-    shape is roughly square. The box lies at one of 13 places: the corners, the centre, the middles
-    of the edges, and halfway from the centre to each corner.
+    w and h are each 1, .875, .75 or .66 of the short side, the same or adjacent entries, so that
+    the resize stretches the picture only a little. The box lies at one of 13 places: the corners,
+    the centre, the middles of the edges, and halfway from the centre to each corner.
     """
     short = min(width, height)
     sides = [int(short * scale) for scale in (1, 0.875, 0.75, 0.66)]
-    if target <= short:  # a side within 2 pixels of the target becomes the target
+    if target <= short:  # a side within 2 pixels of the target becomes the target, as there
         sides = [target if abs(side - target) < 3 else side for side in sides]
     pairs = []
     for i in range(4):
@@ -203,7 +205,8 @@ def multiscale_box(width, height, target, rng):
             if abs(i - j) <= 1:
                 pairs.append((sides[i], sides[j]))
 
-    # the places: how many quarters of the free width and height, which are rounded down
+    # the places (right, down), in quarters of the free width and height; the quarters are rounded
+    # down to whole pixels
     places = [(0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1),
               (3, 1), (1, 3), (3, 3)]
 
@@ -213,8 +216,8 @@ def multiscale_box(width, height, target, rng):
 
 
 def jitter_box(width, height, target, jitter, rng):
-    """SlowFast's crop: resize the short side to a length drawn from `jitter` (at least the target),
-    then cut out a random target x target square.
+    """SlowFast's crop: resize the short side to a length drawn from `jitter` (a range of at least
+    the target), then cut out a random target x target square.
 
     To resize the square alone instead of the whole frame, this returns where the square lies in the
     original frame: its box (x, y, side, side).
@@ -248,7 +251,7 @@ def make_clip(folder, indices, recipe, rng):
     """A training clip: uint8 (T, crop, crop, 3), one crop and one flip for all its frames."""
     draft_side = None
     if recipe["draft"] and recipe["augment"] == "jitter":
-        draft_side = recipe["jitter"][1]  # the largest, so that no frame has to be enlarged
+        draft_side = recipe["jitter"][1]  # the largest, so that a draft is never enlarged
     frames = read_frames(folder, indices, draft_side)  # (T, H, W, 3)
 
     # the crop
@@ -269,8 +272,8 @@ def make_clip(folder, indices, recipe, rng):
 
 def normalise(clips, mean, std, channels_last=False):
     """(clips / 255 - mean) / std: uint8 (B, T, H, W, 3) -> float32 (B, T, 3, H, W) on the same
-    device. In the memory of clips the channels are innermost; with channels_last they stay there,
-    which is faster on GPUs."""
+    device. In memory, the channels of clips are innermost; channels_last=True keeps them so, which
+    is faster on GPUs."""
     mean = torch.tensor(mean, device=clips.device).view(3, 1, 1)
     std = torch.tensor(std, device=clips.device).view(3, 1, 1)
     clips = clips.permute(0, 1, 4, 2, 3)
@@ -284,8 +287,8 @@ def normalise(clips, mean, std, channels_last=False):
 class VideoList:
     """DATA/<split>.txt as arrays over its N videos: paths, numbers of frames, class ids.
 
-    Arrays, because the loader's worker processes share their memory. Of a million Python objects
-    every worker would soon have its own copy, since using an object writes to its reference count.
+    Arrays, because the loader's worker processes share their memory. A million Python objects would
+    soon be copied into every worker, since merely using an object writes to its reference count.
     """
 
     def __init__(self, data_dir, split):
@@ -1058,7 +1061,7 @@ def put_frames(folder, final, pack):
     os.replace(folder, target)
 
 
-def decode_video(file, folder):
+def decode_video(file, folder, progress=False):
     """FFmpeg writes a video's frames into a folder: 30 a second, short side 320, as in the report.
     Returns (number of frames, "" or FFmpeg's complaint). What can be decoded of a damaged video is
     kept. The frames are counted, because what the file says about their number is often wrong."""
@@ -1071,20 +1074,31 @@ def decode_video(file, folder):
                "-i", f"file:{os.path.abspath(file)}", "-vf", filters,
                "-q:v", "2", "-start_number", "1", "img_%05d.jpg"]
     # a session of its own: Ctrl-C must not make ffmpeg end early with half of the frames
-    result = subprocess.run(command, cwd=folder, capture_output=True, start_new_session=True)
-    complaint = result.stderr.decode(errors="replace").strip()
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          start_new_session=True) as process:
+        complaint = None
+        try:
+            while complaint is None:
+                try:
+                    _, complaint = process.communicate(timeout=5)
+                except subprocess.TimeoutExpired:
+                    if progress:
+                        print(f"{file}: {count_frames(folder)} frames so far", file=sys.stderr)
+        finally:
+            process.kill()  # only if it is still running, after Ctrl-C
+    complaint = complaint.decode(errors="replace").strip()
     first_line = complaint.split("\n")[0]
     message = ""
     if first_line:
         message = "ffmpeg: " + re.sub(" @ 0x[0-9a-f]+", "", first_line)  # without an address
-    elif result.returncode != 0:
-        message = f"ffmpeg: status {result.returncode}"
+    elif process.returncode != 0:
+        message = f"ffmpeg: status {process.returncode}"
 
     if "No space left on device" in complaint or "Disk quota exceeded" in complaint:
         raise OSError(errno.ENOSPC, "no space left on the disk; free some, then run the command "
                                     "again")
-    if result.returncode < 0 or result.returncode == 255:  # 255: it caught the signal
-        return 0, f"ffmpeg was stopped (status {result.returncode}); run the command again"
+    if process.returncode < 0 or process.returncode == 255:  # 255: it caught the signal
+        return 0, f"ffmpeg was stopped (status {process.returncode}); run the command again"
     count = count_frames(folder)
     if count == 0 and not message:
         message = "ffmpeg: no frame"

@@ -1,16 +1,17 @@
-"""Score files of several models -> one ranking of each video's classes, by the weighted mean of the
-models' probabilities, and its sample-level mAP.
+"""Score files of several models -> the weighted mean of their probabilities, and its mAP.
 
     python ensemble.py A.npz B.npz ... [--out FILE.npz]    equal weights
     python ensemble.py A.npz B.npz ... --weights 2 1 ...   weights in this proportion
-    python ensemble.py A.npz B.npz ... --fit               find weights on these labels
+    python ensemble.py A.npz B.npz ... --fit               fit weights to the labels in the files
 
-Fitted weights look better than they are on the videos that they were fitted to. So --fit also
-divides the videos into fifths and scores each fifth with weights that were fitted to the others.
-This cross-fitted mAP is the one to report; FILE.npz gets these scores. The weights that are printed
-were fitted to all videos, to be used on the test list.
+On the videos to which weights were fitted, they look better than they are. So --fit also divides
+the videos into fifths, and scores each fifth with weights that were fitted to the others. This
+cross-fitted mAP is the one to report; FILE.npz gets these scores. The printed weights are fitted to
+all videos: use them for the test list.
 
-The report (arXiv 2003.05837): "ensemble all the above models", 67.22 on validation and 60.77 on
+The files must hold the same videos; their rows are brought into the same order.
+
+The report (arXiv 2003.05837): "ensemble all the above models", mAP 67.22 on validation and 60.77 on
 test; it does not say with which weights.
 M models, N videos, K classes.
 """
@@ -26,8 +27,9 @@ import evaluate
 
 
 def combine(scores, weights=None):
-    """The weighted mean over models: scores (M, N, K) -> (N, K), computed in float64. weights: M
-    numbers from 0 up, in any proportion; None: equal."""
+    """The weighted mean over models: scores (M, N, K) -> (N, K), computed in float64, returned in
+    the type of scores but at least in float32. weights: M non-negative numbers, in any proportion;
+    None: equal."""
     scores = np.asarray(scores)
     if weights is None:
         weights = np.ones(len(scores))
@@ -35,9 +37,9 @@ def combine(scores, weights=None):
     if weights.shape != (len(scores),):
         raise ValueError(f"--weights: {weights.size} numbers for {len(scores)} files")
     if not np.isfinite(weights).all() or weights.min() < 0 or weights.sum() == 0:
-        raise ValueError(f"--weights {weights.tolist()}: numbers from 0 up, not all 0")
+        raise ValueError(f"--weights {weights.tolist()}: must be non-negative and not all 0")
     mean = np.average(scores, axis=0, weights=weights)
-    # float32 at least: in half precision many scores would round to the same value and tie
+    # float32 at least: if files hold half precision, many means would round to the same value
     return mean.astype(np.promote_types(scores.dtype, np.float32))
 
 
@@ -47,15 +49,16 @@ def fit_weights(scores, labels, rounds=50):
     Greedy: each round adds one model to a running sum, the one that gives the highest mAP; a model
     may be added repeatedly. (AP depends on the order of scores alone, so a sum does as well as a
     mean.) The weights say how often each model was added up to and including the best round.
-    Caruana and others 2004. For 10,000 videos, 313 classes and seven models it takes 10 seconds.
+    This is the ensemble selection of Caruana and others (2004). For 10,000 videos, 313 classes and
+    seven models it takes 10 seconds.
     """
     scores = np.asarray(scores, float)
     total = np.zeros_like(scores[0])
     counts = np.zeros(len(scores))
     best_map = -1.0
     for _ in range(rounds):
-        maps = [evaluate.sample_map(total + model, labels) for model in scores]
-        winner = int(np.argmax(maps))  # the first of equals
+        maps = [evaluate.sample_map(total + own_scores, labels) for own_scores in scores]
+        winner = int(np.argmax(maps))  # of equals, the first
         total += scores[winner]
         counts[winner] += 1
         if maps[winner] > best_map:
@@ -83,7 +86,8 @@ def main():
     if int(os.environ.get("RANK", 0)) > 0:  # under torchrun the first process does it all
         return 0
 
-    # scores (M, N, K) and labels (N, K) or None, the videos in the first file's order
+    # scores (M, N, K) and labels (N, K) or None, the videos in the first file's order; metas: what
+    # each file says about its run
     paths, scores, labels, metas = align(args.files)
     weights = args.weights
     if args.fit:
@@ -95,6 +99,7 @@ def main():
     else:
         result = combine(scores, weights)
 
+    note_softmax(metas)
     if args.out:
         meta = describe_ensemble(args, weights, metas, result, labels)
         evaluate.save_scores(args.out, paths, result, labels, meta)
@@ -133,6 +138,14 @@ def read_scores(name):
         if not np.isin(labels, (0, 1)).all():
             raise ValueError(f"{name}: a label is not 0 or 1")
     return paths, scores, labels, meta
+
+
+def note_softmax(metas):
+    """Say it if some networks were scored by softmax, and others by sigmoid."""
+    losses = {meta["recipe"].get("loss") == "ce" for meta in metas if "recipe" in meta}
+    if len(losses) > 1:
+        print("note: some networks were scored by softmax (--loss ce), others by sigmoid: their "
+              "probabilities differ in size, so equal weights are not equal shares")
 
 
 def align(names):

@@ -5,12 +5,13 @@
     python evaluate.py --model slowfast --weights PUBLIC.pth ...   other people's weights
     python evaluate.py --checkpoint runs/tin/best.pt --video FILE ... [--picture out.png]
 
-A view is one clip of a video, cut out at one place and one scale. The network gives it a
+A view is one clip of a video at one crop and one scale. The network gives it a
 probability for every class; a video's score is the mean over its views.
 
 N videos, K classes, B videos at once, V views of a video at one scale, T frames, H height, W width.
-In comments on settings "report" is arXiv 2003.05837 and "the authors' code" is X-Temporal; "ours"
-means that the report is silent.
+In comments on settings, "report" means that the report of the team (arXiv 2003.05837) gives the
+value. "ours" means that it does not: after "ours" stands whom we follow instead, or why. "The
+authors' code" is X-Temporal, which the report's authors published.
 """
 import argparse
 import contextlib
@@ -18,6 +19,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import zlib
@@ -43,10 +45,11 @@ RECIPE = dict(
 
     # protocols "dense" and "multiscale"
     clips=5,          # clips along time; report
-    crops="3",        # per clip; "1": centre; "3": start, end and centre of the long side (the
-                      # authors' code); "random": three random places (the report's own words)
-    scales=(256,),    # short sides in pixels, and the crops' sides as well; "dense" takes the first
-                      # one only; report
+    crops="3",        # per clip; "1": centre; "3": start, end and centre of the long side;
+                      # "random": three random places, as the report words it; ours: "3", as in
+                      # the authors' code
+    scales=(256,),    # short sides of the frames in pixels, and sides of the crops; report. "dense"
+                      # takes the first alone; a row of RECIPES may list several
 )
 
 
@@ -54,7 +57,8 @@ RECIPE = dict(
 
 def average_precision(scores, labels):
     """Average precision of each video over all K classes: fractions (N,), from scores and 0/1
-    labels, both (N, K). Report: "mean Average Precision under sample level".
+    labels, both (N, K). Report: "mean Average Precision under sample level": a sample is a video,
+    and the mean is over videos. (The more common mAP is a mean over classes.)
 
     AP is the mean, over the labels u of the video, of
     (labels that score at least as high as u) / (classes that score at least as high as u).
@@ -71,14 +75,14 @@ def average_precision(scores, labels):
         raise ValueError("labels must be 0 or 1")
 
     # one row for each pair of a video and one of its labels; there are P pairs in all
-    videos, classes = np.nonzero(labels)
-    threshold = scores[videos, classes]
-    at_or_above = scores[videos] >= threshold[:, None]  # (P, K)
-    hits = at_or_above & (labels[videos] == 1)          # (P, K)
+    rows, classes = np.nonzero(labels)
+    threshold = scores[rows, classes]
+    at_or_above = scores[rows] >= threshold[:, None]  # (P, K)
+    hits = at_or_above & (labels[rows] == 1)          # (P, K)
     precision = hits.sum(axis=1) / at_or_above.sum(axis=1)
 
     # the mean over each video's pairs
-    sums = np.bincount(videos, weights=precision, minlength=len(scores))
+    sums = np.bincount(rows, weights=precision, minlength=len(scores))
     counts = np.count_nonzero(labels, axis=1)
     return sums / np.maximum(counts, 1)
 
@@ -93,7 +97,8 @@ def sample_map(scores, labels):
 def make_protocol(recipe, name="clip"):
     """Which views of a video are scored. "clip": one; "dense": clips x crops at the first scale;
     "multiscale": clips x crops at every scale (report). The "sizes" in the result are [(short side,
-    crop), ...] in pixels, one pair a scale."""
+    crop), ...] in pixels, one pair per scale. (Do not confuse these names with the values of
+    `sampling` and `augment`.)"""
     if name == "clip":
         sizes = [(recipe["test_resize"], recipe["test_crop"])]
         return {"name": name, "clips": 1, "crops": "1", "sizes": sizes}
@@ -138,7 +143,7 @@ def make_views(folder, num_frames, name, recipe, protocol):
     # frame indices of the clips
     clips = []
     if recipe["sampling"] == "segments":
-        # the middles of the segments, then random places in them; report: "5 random chips"
+        # the middles of the segments, then random places in them; report: "5 random chips" (sic)
         clips.append(data.segment_indices(num_frames, length))
         for _ in range(1, protocol["clips"]):
             clips.append(data.segment_indices(num_frames, length, rng))
@@ -157,8 +162,8 @@ def make_views(folder, num_frames, name, recipe, protocol):
         resized = data.resize(frames, short_side)
         height, width = resized.shape[1:3]
         squares = []
-        for position in positions:
-            clip = resized[position]  # (T, height, width, 3)
+        for clip_positions in positions:
+            clip = resized[clip_positions]  # (T, height, width, 3)
             for x, y in crop_places(width - crop, height - crop, protocol["crops"], rng):
                 squares.append(clip[:, y : y + crop, x : x + crop])
         views.append(torch.stack(squares))
@@ -195,8 +200,8 @@ def stack_views(items):
 # ---- scores --------------------------------------------------------------------------------------
 
 def probabilities(logits, loss):
-    """Logits -> probabilities. In a network trained by cross-entropy the classes exclude each
-    other."""
+    """Logits -> probabilities: independent for each class, or, in a network trained by
+    cross-entropy, of sum 1 over the classes."""
     if loss == "ce":
         return logits.softmax(dim=-1)
     return logits.sigmoid()
@@ -211,9 +216,9 @@ def score_views(model, views, recipe, device, view_batch=16, autocast=contextlib
     which bounds the memory. autocast: the context of the forward pass.
     """
     total = 0
-    for clips in views:  # all views at one scale
-        videos, count = clips.shape[:2]
-        clips = clips.flatten(0, 1)  # (B * V, T, H, W, 3): to the network a view is like a video
+    for scale_views in views:
+        num_videos, num_views = scale_views.shape[:2]
+        clips = scale_views.flatten(0, 1)  # (B * V, T, H, W, 3): to the network a view is a clip
         logits = []
         for part in clips.split(view_batch):
             part = part.to(device, non_blocking=True)
@@ -224,7 +229,7 @@ def score_views(model, views, recipe, device, view_batch=16, autocast=contextlib
             logits.append(output.float())
 
         scores = probabilities(torch.cat(logits), recipe["loss"])
-        total = total + scores.unflatten(0, (videos, count)).mean(dim=1)
+        total = total + scores.unflatten(0, (num_videos, num_views)).mean(dim=1)
     return total / len(views)  # every scale has the same number of views
 
 
@@ -234,8 +239,8 @@ def predict(model, views, num_classes, recipe, device, batch=8, workers=0, progr
 
     views: a VideoViews. batch: videos loaded at once. progress_name: label of the progress lines;
     None: silent. options: those of score_views.
-    model: the network without DDP's wrapper. The wrapper lets the processes wait for each other in
-    every forward pass, and processes that have fewer videos would not come.
+    model: the network without DDP's wrapper, which synchronises all processes in every forward
+    pass: a process with fewer videos would leave the others waiting for ever.
     """
     rank = 0
     world = 1
@@ -270,7 +275,7 @@ def predict(model, views, num_classes, recipe, device, batch=8, workers=0, progr
 # ---- the script ----------------------------------------------------------------------------------
 
 def main():
-    # the flags, the model file (module), its recipe, and what the file of weights holds (content)
+    # parse_arguments also imports the model file (args.module) and reads the weights (args.content)
     args = parse_arguments()
     recipe = args.recipe
     protocol = make_protocol(recipe, args.protocol)
@@ -282,7 +287,7 @@ def main():
     if args.channels_last:
         use_channels_last(model)
     if args.compile:
-        model = torch.compile(model)
+        model = compile_network(model)
     options = dict(  # of score_views
         view_batch=args.view_batch,
         autocast=make_autocast(device, args.amp),
@@ -299,11 +304,11 @@ def main():
 
     # videos
     folder = args.data or toy_folder(rank)
-    categories = name_classes(args, folder, num_classes)
+    categories = name_classes(args, folder, num_classes)  # an error if file and folder disagree
     videos = data.VideoList(folder, args.split)
     views = VideoViews(videos, recipe, protocol)
 
-    # scores; by default as many videos are loaded at once as one forward pass holds
+    # scores; by default so many videos are loaded at once that they have about view_batch views
     batch = args.batch or max(1, args.view_batch // count_views(protocol))
     scores = predict(model, views, num_classes, recipe, device, batch, args.workers,
                      progress_name="videos", **options)
@@ -332,9 +337,6 @@ def print_metrics(scores, labels):
         return
     precision = average_precision(scores, labels)
     labelled = labels.any(axis=1)
-    if not labelled.all():
-        print(f"{(~labelled).sum()} of {len(scores)} videos have no label and count as AP 0; "
-              f"mAP of the others {100 * precision[labelled].mean():.2f}")
 
     # Another metric: the average precision over the videos, for each class that a video has. It is
     # the same function with the roles exchanged: one row, whose columns are the videos.
@@ -344,7 +346,19 @@ def print_metrics(scores, labels):
     top1, top5 = hit_rates(scores[labelled], labels[labelled])
     print(f"class-level mAP {100 * np.mean(class_precision):.2f}, "
           f"top-1 hit rate {100 * top1:.2f}, top-5 {100 * top5:.2f}")
+    if not labelled.all():
+        print(labelled_map(scores, labels))
     print(f"mAP {100 * precision.mean():.2f}")
+
+
+def labelled_map(scores, labels):
+    """A sentence about videos without a label, which count as AP 0; empty if there are none."""
+    labelled = labels.any(axis=1)
+    if labelled.all():
+        return ""
+    others = sample_map(scores[labelled], labels[labelled])
+    return (f"{(~labelled).sum()} of {len(labels)} videos have no label and count as AP 0; mAP of "
+            f"the others {100 * others:.2f}")
 
 
 def hit_rates(scores, labels):
@@ -420,7 +434,10 @@ def label_videos(args, model, num_classes, protocol, device, options):
     results = []
     for file in args.video:
         with tempfile.TemporaryDirectory() as folder:
-            count, message = data.decode_video(file, Path(folder))
+            count, message = data.decode_video(file, Path(folder), progress=True)
+            if count > 60 * 30:
+                print(f"{file}: {count // 30} seconds long; its label is that of a few frames or "
+                      "clips. A video here is seconds long: cut longer ones", file=sys.stderr)
             if message:
                 print(f"{file}: {count} frames; {message}", file=sys.stderr)
             if count == 0:
@@ -531,6 +548,9 @@ def read_checkpoint(path):
     for place in ("numpy._core.multiarray", "numpy.core.multiarray"):  # in NumPy 2 and 1
         numpy_objects.append((core.scalar, f"{place}.scalar"))
         numpy_objects.append((core._reconstruct, f"{place}._reconstruct"))
+    if Path(path).suffix == ".safetensors":
+        raise ValueError(f"{path}: convert this file, with the package safetensors: "
+                         f"torch.save(safetensors.torch.load_file({str(path)!r}), 'weights.pt')")
     with open(path, "rb") as file:
         try:
             with torch.serialization.safe_globals(numpy_objects):
@@ -610,6 +630,54 @@ def load_weights(module, recipe, checkpoint, path):
     return model, num_classes
 
 
+def notes_on_file(module, recipe, given, checkpoint, path):
+    """What is odd about using a file's weights with this recipe: sentences. given: the keys of the
+    recipe that were flags. The model file's own check, if it has one, may raise a ValueError."""
+    if is_ours(checkpoint):
+        return compare_config(module, recipe, checkpoint["config"], path)
+    if not hasattr(module, "check"):
+        return []
+    try:
+        return module.check(recipe, given, tensors_of(checkpoint))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def compare_config(module, recipe, config, path):
+    """A note on each setting of the frames, the colours or the network with which train.py wrote
+    `path`, and which is another one here."""
+    read = KeysRead(recipe)
+    with torch.device("meta"):
+        module.build(read, 1)
+    theirs = {**config["recipe"], "model": config["model"]}
+    ours = {**recipe, "model": module.__name__}
+
+    differences = []
+    for key in ["model", "mean", "std", "sampling", "frames", "stride", *sorted(read.keys_read)]:
+        their_value = theirs.get(key)
+        our_value = ours[key]
+        if isinstance(our_value, tuple):
+            our_value = list(our_value)
+        text = f"{key} {their_value} there, {our_value} here"
+        if their_value != our_value and text not in differences:
+            differences.append(text)
+    if differences:
+        return [f"note: {path} was trained with other settings: {'; '.join(differences)}"]
+    return []
+
+
+class KeysRead(dict):
+    """A recipe that remembers which of its keys a model file's build has read."""
+
+    def __init__(self, recipe):
+        super().__init__(recipe)
+        self.keys_read = set()
+
+    def __getitem__(self, key):
+        self.keys_read.add(key)
+        return super().__getitem__(key)
+
+
 def classifier_keys(module, recipe):
     """The keys of the classifier's tensors, whatever a model file calls them: only their shapes
     change with the number of classes, which is their first dimension."""
@@ -641,6 +709,10 @@ def misfits(theirs, ours):
 def start_process(device=None):
     """(rank, world, device) of this process; torchrun's environment says whether there are
     others."""
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "RANK" not in os.environ:
+        raise ValueError("srun has started several tasks, which would all do the same; start one "
+                         "per node, and in it torchrun --nnodes N --nproc-per-node GPUS "
+                         "--rdzv-backend c10d --rdzv-endpoint HOST:29500 SCRIPT ...")
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     if device is None:
@@ -681,7 +753,8 @@ def toy_folder(rank):
     """runs/toy; the first process draws it if it is not there."""
     folder = Path("runs", "toy")
     if rank == 0 and not folder.exists():
-        data.draw_toy(folder)
+        with contextlib.suppress(FileExistsError):  # another run has drawn it meanwhile
+            data.draw_toy(folder)
     if dist.is_initialized():
         dist.barrier()
     return folder
@@ -692,6 +765,15 @@ def make_autocast(device, amp):
     products and convolutions are faster; weights stay float32."""
     dtypes = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     return torch.autocast(device.type, dtype=dtypes[amp], enabled=amp != "off")
+
+
+def compile_network(model):
+    """torch.compile, which needs a C++ compiler."""
+    compilers = [os.environ.get("CXX"), "g++", "c++", "clang++", "cl"]
+    if not any(compiler and shutil.which(compiler) for compiler in compilers):
+        raise ValueError("--compile: torch.compile needs a C++ compiler, such as g++ (Debian: apt "
+                         "install g++), and none is installed")
+    return torch.compile(model)
 
 
 def use_channels_last(model):
@@ -750,6 +832,15 @@ def add_recipe_flags(parser, recipe):
         elif not isinstance(value, str):  # None (SlowFast's alpha): the network chooses a number
             options["type"] = data.at_least(0)
         group.add_argument(f"--{key.replace('_', '-')}", **options)
+
+
+def with_scales(recipe, given):
+    """The values that were given as flags. If test_resize is one of them and scales is not, the
+    scales of the fuller protocols follow it in proportion."""
+    if "test_resize" not in given or "scales" in given:
+        return given
+    factor = given["test_resize"] / recipe["test_resize"]
+    return {**given, "scales": [max(1, round(scale * factor)) for scale in recipe["scales"]]}
 
 
 def check_recipe(recipe):
@@ -825,10 +916,15 @@ def parse_arguments():
 
     # the recipe
     args.module, recipe = open_model(args.model, args.row)
+    if args.weights and args.data and args.row is None and next(iter(args.module.RECIPES)) == "toy":
+        raise ValueError(f"--model {args.model}: the first row of its RECIPES is toy, whose "
+                         "settings are for the toy videos; put a row for real data before it, or "
+                         "pass --recipe toy")
     recipe_parser = argparse.ArgumentParser(usage=parser.usage, allow_abbrev=False)
     add_recipe_flags(recipe_parser, recipe)
     given = vars(recipe_parser.parse_args(others))
-    args.recipe = {"loss": "bce", **recipe, **config["recipe"], **given}
+    recipe = {"loss": "bce", **recipe, **config["recipe"]}
+    args.recipe = {**recipe, **with_scales(recipe, given)}
     if args.loss:
         args.recipe["loss"] = args.loss
     check_recipe(args.recipe)
@@ -836,7 +932,27 @@ def parse_arguments():
         args.protocol = "clip"
         if {"clips", "crops", "scales"} & set(given):
             args.protocol = "multiscale"
+
+    if int(os.environ.get("RANK", 0)) == 0:
+        for note in odd_settings(args, set(given)):
+            print(note, file=sys.stderr)
     return args
+
+
+def odd_settings(args, given):
+    """What is odd about an evaluation: sentences."""
+    recipe = args.recipe
+    notes = notes_on_file(args.module, recipe, given, args.content, args.path)
+    if args.protocol == "clip":
+        return notes
+    smallest = recipe["test_crop"] / 1.5
+    largest = 1.5 * recipe["test_resize"]
+    for scale in recipe["scales"]:
+        if not smallest <= scale <= largest:
+            notes.append(f"warning: --scales {scale} is far from the sizes of the one view, "
+                         f"--test-resize {recipe['test_resize']} and --test-crop "
+                         f"{recipe['test_crop']}")
+    return notes
 
 
 def check_arguments(args):

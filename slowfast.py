@@ -1,8 +1,8 @@
 """SlowFast: two 3D ResNets watch the same clip. The slow one has many channels and sees few frames;
 the fast one has few channels and sees every frame, and tells the slow one how things move.
 
-This is the video network of the team's report, with the variants of its ensemble: a longer clip,
-and either pathway alone.
+This is the video network of the team's report, with the variants of its ensemble: the same
+network on longer clips, and either pathway alone.
 
 Report: arXiv 2003.05837, section 2 and Table 2.
 Paper: Feichtenhofer, Fan, Malik and He, "SlowFast Networks for Video Recognition",
@@ -17,15 +17,21 @@ The slow pathway sees every alpha-th frame (here every 4th). Before each of its 
 lateral connection brings in the fast pathway: a convolution over k fast frames, centred on each
 slow frame, whose output is concatenated to the slow channels.
 
-Neither pathway ever shortens its clip: all its strides are in space. At the end each pathway is
-averaged over frames and pixels, and the classifier sees both averages side by side.
+Inside a pathway the number of frames never changes: all strides are in space. At the end each
+pathway is averaged over frames and pixels, and the classifier sees both averages side by side.
 
-The name of a variant tells its clip: 8x8 means 8 frames that are 8 frames of the video apart. With
-two pathways, this is what the slow one sees. The layers do not depend on it: slowfast_8x8 and
-slowfast_11x8 are one network, on clips of 32 and 44 frames. So are slow_8x4 and slow_8x8, and
-fast_16x2 and fast_32x2.
+The name of a variant tells its clip: frames, x, distance of two frames in the video. With two
+pathways this is what the slow one sees.
 
-B clips, T frames at the fast rate, C channels, H height, W width, K classes,
+    slowfast_8x8     clip of 32 frames, every 2nd of the video; slow: every 4th of them, 8 frames
+    slowfast_11x8    clip of 44 frames, every 2nd of the video; slow: 11 frames; the same network
+    slow_8x8         clip of 8 frames, every 8th of the video; slow_8x4 is the same network
+    fast_32x2        clip of 32 frames, every 2nd of the video; fast_16x2 is the same network
+
+Some options of this file serve weights that others have published; these have "for other people's
+weights" in their comments, and a first reader may pass over them.
+
+B clips, T frames of a clip (those of the fast pathway), C channels, H height, W width, K classes,
 D features (2048 slow and 256 fast; 2048 for a pathway alone).
 """
 import re
@@ -57,7 +63,7 @@ class Lateral(nn.Module):
     A convolution with stride alpha in time gives the fast map as many frames as the slow map has.
     Its output, with twice the channels of the fast map, is appended to the slow channels.
 
-    channels: of the fast map. kernel: fast frames that one output sees.
+    channels: those of the fast map. kernel: fast frames that one output sees.
     norm: whether batch norm and ReLU follow the convolution; for other people's weights.
     """
 
@@ -75,7 +81,8 @@ class Lateral(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ResNet's bottleneck block in 3D: the first convolution looks along time, the second in space.
+    """ResNet's bottleneck block in 3D: the first convolution looks along time (if its kernel is
+    longer than 1), the second in space.
 
     planes: channels inside the block; its output has 4 times as many.
     kernel: frames that the first convolution sees. stride: in space, of the second convolution.
@@ -110,7 +117,7 @@ class Bottleneck(nn.Module):
         return self.relu(y + x)
 
 
-BLOCKS = {  # depth: the number of blocks in each of the four stages
+BLOCKS = {  # depth -> blocks in each of the four stages
     14: (1, 1, 1, 1),  # for the toy
     50: (3, 4, 6, 3),
     101: (3, 4, 23, 3),
@@ -138,9 +145,10 @@ class Pathway(nn.Module):
         stages = []
         channels = width
         for stage in range(4):
-            # Only the first block changes the number of channels and the size of the map.
-            channels += lateral_channels[stage]
+            channels += lateral_channels[stage]  # the lateral's channels join the input
             planes = width * 2**stage
+
+            # Only the first block changes the number of channels and the size of the map.
             stride = 1 if stage == 0 else 2
             blocks = [Bottleneck(channels, planes, kernels[stage], stride)]
             channels = 4 * planes
@@ -164,7 +172,7 @@ class Pathway(nn.Module):
         return self.layer4(x)
 
 
-ALPHA = {  # variant: fast frames per slow frame
+ALPHA = {  # variant -> fast frames per slow frame
     "slowfast_8x8": 4,
     "slowfast_11x8": 4,
     "slowfast_4x16": 8,  # not in the report; for other people's weights
@@ -174,13 +182,13 @@ ALPHA = {  # variant: fast frames per slow frame
     "slow_8x4": 1,
 }
 
-# channels of the fast map in front of each stage; a lateral makes twice as many of them
+# channels of the fast map in front of each stage, and what a lateral makes of them: twice as many
 FAST_CHANNELS = (8, 32, 64, 128)
 LATERAL_CHANNELS = (16, 64, 128, 256)
 
 
 class SlowFast(nn.Module):
-    """clip (B, T, 3, H, W) at the fast rate, normalised -> logits (B, K).
+    """clip (B, T, 3, H, W), normalised -> logits (B, K).
 
     variant: a key of ALPHA.
     depth: a key of BLOCKS.
@@ -205,7 +213,7 @@ class SlowFast(nn.Module):
         alpha=None,
     ):
         super().__init__()
-        check_options(variant, depth, slow_index)  # ValueError for an unknown word
+        check_options(variant, depth, slow_index)  # ValueError for an unknown value
         self.alpha = ALPHA[variant] if alpha is None else alpha
         self.slow_index = slow_index
         pathways = variant.split("_")[0]  # slowfast, slow or fast
@@ -236,8 +244,8 @@ class SlowFast(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(features, num_classes, bias=fc_bias)
 
-        # First weights as in PySlowFast; the authors' code leaves PyTorch's own. The last norm of
-        # each block starts at zero, so that the block starts as its shortcut.
+        # Initial weights as in PySlowFast, the code of SlowFast's authors. The scale of the last
+        # batch norm of each block starts at zero, so that the block starts as its shortcut.
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -251,7 +259,9 @@ class SlowFast(nn.Module):
         """clip (B, T, 3, H, W) -> what the classifier sees, (B, D)."""
         frames = clip.shape[1]
         if frames % self.alpha != 0:
-            raise ValueError(f"the frames must be a multiple of {self.alpha}, got {frames}")
+            raise ValueError(
+                f"the number of frames must be a multiple of {self.alpha}, got {frames}"
+            )
 
         # 3D convolutions want the channels in front of the frames.
         x = clip.transpose(1, 2)  # (B, 3, T, H, W)
@@ -306,8 +316,9 @@ def build(recipe, num_classes):
 
 
 # The rows of the report's Table 2, Slow 8x8 of its section 2 (c), and the toy. A row holds what
-# build() needs, and what differs from the settings in data.py, evaluate.py and train.py. "report"
-# in a comment: it says so. "ours": it does not.
+# build() needs, and what differs from the settings in data.py, evaluate.py and train.py. In a
+# comment, "report" means that the report gives the value. "ours" means that it does not: after it
+# stands whom we follow, or why; "the authors' code" is the code of the report's authors.
 NETWORK = dict(  # of all rows
     dropout=0.5,           # probability, before the classifier; report
     fusion_kernel=5,       # fast frames that a lateral sees; ours: the authors' code
@@ -318,33 +329,33 @@ NETWORK = dict(  # of all rows
 )
 SHARED = dict(  # of all rows but the toy
     NETWORK,
-    depth=101,             # 50, 101, 152 or 200; report: 152 and 200 score nearly the same
+    depth=101,             # 50, 101, 152 or 200; report: 152 and 200 score about the same
 
     # clips
-    sampling="clip",       # one window at a random place; report: "consecutive frames"
+    sampling="clip",       # one window at a random place; report
     augment="jitter",      # a random short side, then a random crop; report
     crop=112,              # pixels; report
     jitter=(128, 160),     # pixels, range of the short side before the crop; report
 
     # training
-    batch=1024,            # clips a step; report: 32 GPUs with 32 clips each
-    reference_batch=1024,  # clips a step that lr is meant for; report
-    lr=0.2,                # report; in proportion for another batch
+    batch=1024,            # clips per step; report: 32 GPUs with 32 clips each
+    reference_batch=1024,  # the batch for which lr, iterations and warmup hold; report
+    lr=0.2,                # report
     schedule="cosine",     # half a period, from lr at step 0 to 0 at the end; report
     iterations=180000,     # steps, warm-up included; report: about 180 epochs of its training set
-    warmup=8000,           # steps, a line up from lr / 10; ours: the paper's, the report has none
+    warmup=8000,           # steps, linear from lr / 10 on; ours: the paper's, the report has none
     weight_decay=1e-4,     # on every parameter; report
     clip_grad=0.0,         # off; ours: the report names no clipping, and there is a warm-up
     sync_bn=True,          # batch norm over all GPUs; report
-    init="none",           # from scratch; report: a start from Kinetics cost 1.1 points
+    init="none",           # report: starting from weights trained on Kinetics lost 1.1 mAP
 
     # evaluation
     test_resize=128,       # pixels, short side of the one view; ours: the authors' code
     test_crop=112,         # pixels, its centre crop; ours: the authors' code
-    clips=10,              # per video, in the fuller protocols; report
-    scales=(128, 144, 160),  # pixels, short sides; report: 128, multi-scale adds the others
+    clips=10,              # per video, in "dense" and "multiscale" (evaluate.py); report
+    scales=(128, 144, 160),  # pixels, short sides; report: 128 in "dense", all in "multiscale"
 )
-RECIPES = {  # frames is T; stride: frames of the video from one to the next
+RECIPES = {  # frames is T; stride: the clip holds every stride-th frame of the video
     "r101_8x8": dict(SHARED, variant="slowfast_8x8", frames=32, stride=2),  # report
     "r101_11x8": dict(SHARED, variant="slowfast_11x8", frames=44, stride=2),  # report
     "r101_fast_16x2": dict(SHARED, variant="fast_16x2", frames=16, stride=2),  # report
@@ -353,29 +364,29 @@ RECIPES = {  # frames is T; stride: frames of the video from one to the next
     "r101_slow_8x8": dict(SHARED, variant="slow_8x8", frames=8, stride=8),  # report
     "toy": dict(
         NETWORK,
-        variant="slowfast_8x8",  # ours: the report's first row
-        depth=14,              # ours: one block a stage, minutes on a laptop
-        frames=24,             # ours: the whole toy video, 6 slow frames
+        variant="slowfast_8x8",  # ours: the layers of the report's first row
+        depth=14,              # ours: one block per stage, minutes on a laptop
+        frames=24,             # ours: the whole toy video; the slow pathway sees 6 frames of it
         sampling="clip",       # report
 
-        lr=0.05,               # ours: clip_grad makes it possible
+        lr=0.05,               # ours: clip_grad makes so large a rate possible
         epochs=10,             # ours
         clip_grad=5.0,         # ours: limits the first steps, in place of a warm-up
         weight_decay=1e-4,     # report
         sync_bn=True,          # report
 
         clips=10,              # report
-        scales=(32, 30, 28),   # ours: at a larger side the last map would have 2x2 pixels, not one
+        scales=(32, 30, 28),   # ours: larger ones give a last map of 2x2 pixels, unlike training's
     ),
 }
 
-REPORTED = {  # percent mAP on the validation set: one clip, dense, multiscale and dense; Table 2
+REPORTED = {  # percent mAP on the validation set by the protocols clip, dense, multiscale; Table 2
     "r101_8x8": (59.89, 61.52, 63.52),
     "r101_11x8": (60.41, 61.60, 64.00),
     "r101_fast_16x2": (59.05, 61.55, 63.45),
     "r101_fast_32x2": (62.03, 63.59, 64.81),
     "r101_slow_8x4": (59.02, 61.68, 62.99),
-    "r101_slow_8x8": None,  # named in section 2 (c), without a figure
+    "r101_slow_8x8": None,  # named in section 2 (c), without a number
 }
 
 
@@ -405,6 +416,25 @@ def linspace_frames(clip, alpha):
     steps = max(1, count - 1)  # one frame alone needs no step, and must not divide by zero
     frames = [clip[:, i * last // steps] for i in range(count)]
     return torch.stack(frames, dim=1)
+
+
+def check(recipe, given, tensors=None):
+    """Whether a flag --variant goes with the recipe's frames and stride, which its name gives for
+    the slow pathway: sentences on what is odd."""
+    toy = RECIPES["toy"]
+    is_toy = recipe["frames"] == toy["frames"] and recipe["stride"] == toy.get("stride", 1)
+    if "variant" not in given or {"frames", "stride"} <= set(given) or is_toy:
+        return []
+    variant = recipe["variant"]
+    slow_count, slow_stride = map(int, variant.split("_")[1].split("x"))
+    alpha = recipe["alpha"] or ALPHA[variant]
+    frames = slow_count * alpha
+    stride = slow_stride // alpha
+    if (recipe["frames"], recipe["stride"]) == (frames, stride):
+        return []
+    return [f"warning: --variant {variant} means {frames} frames of stride {stride}, but the "
+            f"recipe has {recipe['frames']} of stride {recipe['stride']}; pass --frames {frames} "
+            f"--stride {stride}, or --recipe with the row of this variant"]
 
 
 # ---- public weights ------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""TIN, the Temporal Interlacing Network: a 2D network that shifts some channels along time.
+"""TIN, the Temporal Interlacing Network: a 2D network that computes how far to shift its channels.
 
-A quarter of the channels moves. In every block, one small net computes from the block's input how
-far each group of channels moves, and another one a weight for each frame. TIN is the report's own
-network, and the best of its image models.
+A quarter of the channels moves along time, in four groups. In every block, one small net computes
+from the block's input how far each group moves, and a second one computes a weight for each frame
+of a group. TIN is the own network of the report's team, and the best of its 2D networks.
 
 Report: arXiv 2003.05837, section 1.4 and Table 1.
 Paper: Shao, Qian and Liu, "Temporal Interlacing Network", arXiv 2001.06499.
@@ -18,15 +18,18 @@ Paper: Shao, Qian and Liu, "Temporal Interlacing Network", arXiv 2001.06499.
 
 The shift is applied to the input of a residual block's first convolution. The block's shortcut
 gets the frames as they were, so that no feature of a frame is lost. The first f = C/4 channels form
-G = 4 groups, which move by o0, o1, -o0 and -o1. Then each group's frames are multiplied by weights,
-one for each frame. With o0 = o1 = -1 and all weights 1, this is exactly TSM.
+G = 4 groups, which move by o0, o1, -o0 and -o1: only two offsets are computed, and content moves
+both ways. This mixes ("interlaces") the features of different times. Then each group's frames are
+multiplied by frame weights. With o0 = o1 = -1 and all frame weights 1 it is exactly TSM's shift.
 
-How can a convolution over time and two linear layers find an offset? They see the mean of each
-moved channel in each frame, that is, how strongly a feature is present at which time. The
-convolution can compare neighbouring frames, and the linear layers, which see all frames, can tell
-a quick change from a slow one. The slower the change, the farther apart the frames to compare.
+How can a convolution over time and two linear layers find an offset? The convolution sees the mean
+of each moved channel over each frame's pixels: how strongly a feature is present at each time. It
+can compare neighbouring frames, and makes one number of each frame. The linear layers see these
+numbers of all frames, and can tell a quick change from a slow one, which a longer shift suits
+better. (This is our explanation; the paper gives none.)
 
-B clips, T frames, C channels, H height, W width, K classes, D features per frame.
+B clips, T frames, C channels, f moved channels in G groups, H height, W width, K classes,
+D features per frame.
 """
 import re
 
@@ -41,14 +44,14 @@ def temporal_interlace(x, offsets, weights=None):
         y[t] = weight[t] * sum over s of relu(1 - |t - s - offset|) * x[s]
 
     The relu is 1 where t - s is the offset and falls to 0 within one frame, so y[t] interpolates
-    linearly between two frames of x. The sum is a matrix product, so autograd gives all gradients,
-    including those of the offsets.
+    linearly between two frames of x. The sum over s is a matrix product, so autograd gives all
+    gradients, including those of the offsets; no custom CUDA kernel is needed.
 
-    x (B, T, C, H, W) -> the same shape and memory layout. offsets (B, G) are in frames; a positive
+    x (B, T, f, H, W) -> the same shape and memory layout. offsets (B, G) are in frames; a positive
     offset moves content later. weights (B, G, T); None means that they are all 1.
     """
-    # matrix[b, g, t, s]: how much of frame s arrives at frame t; in float32, since bfloat16
-    # resolves offsets above 1 only to 1/128 frame
+    # matrix[b, g, t, s]: how much of frame s arrives at frame t. It is computed in float32, since
+    # bfloat16 resolves offsets above 1 only to 1/128 frame, and then rounded to the type of x.
     frame = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)
     steps = frame[:, None] - frame[None, :]  # (T, T): t - s
     distance = steps - offsets[:, :, None, None]  # (B, G, T, T)
@@ -57,16 +60,17 @@ def temporal_interlace(x, offsets, weights=None):
         matrix = matrix * weights[:, :, :, None]
     matrix = matrix.to(x.dtype)
 
-    # If the channels of x lie innermost in memory (channels_last), make them the last axis. The
-    # result then lies in memory as x does, since torch.cat returns contiguous memory.
+    # This is about speed alone. If x is channels_last (its channels lie innermost in memory),
+    # joining parts along axis 2 would lose that, and the next convolution would have to restore it.
+    # So the channels become the last axis first.
     axis = 4 if x.stride(2) == 1 else 2
     x = x.movedim(2, axis)
 
-    # one product for each group, since one for all of them would first copy x
+    # one product for each group, since a single one for all groups would first copy x
     groups = x.unflatten(axis, (offsets.shape[1], -1))
     moved = []
     for group_matrix, group in zip(matrix.unbind(1), groups.unbind(axis)):
-        y = group_matrix @ group.flatten(2)  # (B, T, T) @ (B, T, C/G*H*W)
+        y = group_matrix @ group.flatten(2)  # (B, T, T) @ (B, T, f/G*H*W)
         moved.append(y.view(group.shape))
 
     x = torch.cat(moved, dim=axis)
@@ -89,10 +93,11 @@ class TemporalInterlace(nn.Module):
         self.offset_fc1 = nn.Linear(frames, frames)
         self.offset_fc2 = nn.Linear(frames, 2)
 
-        # the weight net
+        # the net of the frame weights
         self.weight_conv = nn.Conv1d(self.num_moved, 2, kernel_size=3, padding=1)
 
-        # Offsets start near half a frame, 4 * (sigmoid(0.5108) - 0.5) = 0.5, and weights near 1.
+        # As in the authors' code, offsets start near half a frame, since
+        # 4 * (sigmoid(0.5108) - 0.5) = 0.5, and frame weights near 1.
         nn.init.constant_(self.offset_fc2.bias, 0.5108)
         nn.init.zeros_(self.weight_conv.bias)
 
@@ -100,21 +105,24 @@ class TemporalInterlace(nn.Module):
         moved, kept = x.split([self.num_moved, x.shape[1] - self.num_moved], dim=1)
         moved = moved.unflatten(0, (-1, self.frames))  # (B, T, f, H, W)
 
-        # Both nets compute in float32, the type of their parameters, even under autocast.
+        # Both nets compute in float32, the type of their parameters, even under autocast, so that
+        # offsets are exact.
         with autocast_off(x.device):
             means = moved.mean(dim=(3, 4), dtype=self.weight_conv.weight.dtype)  # (B, T, f)
             means = means.transpose(1, 2)  # (B, f, T)
 
-            # Offsets are between -2 and 2 frames. The paper has T in place of the 4, but all
-            # released weights were trained with 4.
+            # There is no ReLU after the convolution, as in the authors' code.
             hidden = self.offset_conv(means).squeeze(1)  # (B, T)
             hidden = torch.relu(self.offset_fc1(hidden))  # (B, T)
+
+            # Offsets are between -2 and 2 frames. The paper has T in place of the 4, but all
+            # published networks were trained with 4.
             offsets = 4 * (torch.sigmoid(self.offset_fc2(hidden)) - 0.5)  # (B, 2)
 
-            # Weights are between 0 and 2.
+            # Frame weights are between 0 and 2.
             weights = 2 * torch.sigmoid(self.weight_conv(means))  # (B, 2, T)
 
-        # four groups: offsets o0 o1 -o0 -o1, but weights w0 w1 w0 w1
+        # four groups: offsets o0 o1 -o0 -o1, frame weights w0 w1 w0 w1
         offsets = torch.cat([offsets, -offsets], dim=1)  # (B, 4)
         weights = torch.cat([weights, weights], dim=1)  # (B, 4, T)
         moved = temporal_interlace(moved, offsets, weights)
@@ -122,7 +130,8 @@ class TemporalInterlace(nn.Module):
 
 
 def residual(block, x, shifted):
-    """torchvision's residual block, with `shifted` on the main path and x on the shortcut."""
+    """torchvision's residual block, with `shifted` on the main path and x on the shortcut. (Its own
+    forward gives both paths the same input.)"""
     y = block.conv1(shifted)
     y = block.bn1(y)
     y = block.relu(y)
@@ -151,7 +160,7 @@ class TIN(nn.Module):
         super().__init__()
         self.frames = frames
 
-        # the 2D network, without its own classifier
+        # the 2D network with random weights, without its own classifier
         self.backbone = image_network(backbone)
         features = self.backbone.fc.in_features  # D
         self.backbone.fc = nn.Identity()
@@ -213,17 +222,17 @@ def build(recipe, num_classes):
 
 
 # The rows of the report's Table 1, and the toy. A row holds what build() needs, and what differs
-# from the settings in data.py, evaluate.py and train.py. "report" in a comment: it says so. "ours":
-# it does not.
+# from the settings in data.py, evaluate.py and train.py. In a comment, "report" means that the
+# report gives the value. "ours" means that it does not; then comes whom we follow, or why.
 SHARED = dict(dropout=0.5)  # probability, before the classifier; report
 RECIPES = {
     "r50_8f": dict(SHARED, frames=8, backbone="resnet50"),  # report
     "r101_8f": dict(SHARED, frames=8, backbone="resnet101"),  # report
     "r101_16f": dict(SHARED, frames=16, backbone="resnet101"),  # report
-    "toy": dict(SHARED, frames=8, backbone="resnet18"),  # ours
+    "toy": dict(SHARED, frames=8, backbone="resnet18"),  # ours: small videos that data.py draws
 }
 
-# mAP in percent on the validation set, one view (clip and crop) a video; report, Table 1
+# mAP in percent on the validation set, with one view (clip and crop) of each video; report, Table 1
 REPORTED = {"r50_8f": 62.23, "r101_8f": 62.22, "r101_16f": 62.49}
 
 

@@ -6,16 +6,19 @@
         train.py --model slowfast --data DATA                       the report's 32 GPUs
     torchrun train.py --model tin --lr 0.02 --no-flip               every recipe value is a flag
 
-The folder OUT (runs/MODEL) gets last.pt, from which --resume goes on; best.pt, the best on
+The folder OUT (default runs/MODEL) gets last.pt, from which --resume goes on; best.pt, the best on
 validation; and log.jsonl. With several nodes it must be on a disk that all of them share.
 
-All randomness derives from the seed: a step draws from (seed, step, rank), a clip from (seed,
-epoch, row), the order of an epoch from (seed, epoch). So a checkpoint holds no generator's state,
-and a run that is resumed by the same command equals the uninterrupted one, on a CPU bit for bit.
+A run may be killed at any time. The same command with --resume goes on from last.pt, which is
+always whole; only the steps after it are taken again. They are the same steps, since all
+randomness derives from the seed: a step draws from (seed, step, rank), a clip from (seed, epoch,
+row), the order of an epoch from (seed, epoch). On a CPU the result is the same bit for bit.
 
-B clips, T frames, H height, W width, K classes. A step is one update of the weights. In comments on
-settings "report" is arXiv 2003.05837 and "the authors" are its authors. "ours" means that the
-report is silent; what we follow, or why, comes after it.
+B clips, T frames, H height, W width, K classes. A step is one update of the weights.
+
+In comments on settings, "report" means that the report of the team (arXiv 2003.05837) gives the
+value. "ours" means that it does not: after "ours" stands whom we follow instead, or why. "The
+authors' code" is X-Temporal, which the report's authors published.
 """
 import argparse
 import datetime
@@ -41,9 +44,11 @@ import evaluate
 # How a network is trained: the report's image models. A model's recipe row overrides what differs.
 RECIPE = dict(
     # loss
-    loss="bce",            # bce, lsep, warp, or ce for single-label lists such as Kinetics'
-    loss_scale=160.0,      # report: "a huge performance gain"; 313 classes / 1.96 labels = 160
-    class_weight="none",   # none, sqrt or ratio; report: both gained slightly and were not used
+    loss="bce",            # report; "lsep" and "warp" are ranking losses that it tried, "ce" is
+                           # for data sets of one label per video, such as Kinetics
+    loss_scale=160.0,      # report: "a huge performance gain"; its data set, M-MiT, has 313 classes
+                           # and 1.96 labels per video, and 313 / 1.96 is about 160
+    class_weight="none",   # none, sqrt or ratio; report: both helped slightly but were not used
 
     # optimiser: SGD with one group for all parameters
     batch=64,              # clips of a step, over all processes; ours: TSM's authors, for lr 0.01
@@ -56,13 +61,13 @@ RECIPE = dict(
 
     # schedule
     schedule="step",       # "step": lr / 10 at each milestone; "cosine": half a period, down to 0
-    milestones=(10, 20),   # epochs; report: "divided by 10, 20 epochs"
+    milestones=(10, 20),   # epochs; the report's "divided by 10, 20 epochs"
     epochs=30,             # ours: three stages of ten epochs
     iterations=0,          # steps in all; 0: use epochs
-    warmup=0,              # steps of a linear start; ours: clip_grad already tames the first steps
+    warmup=0,              # steps of a linear start; ours: none, clip_grad tames the first steps
 
     # batch norm and first weights
-    sync_bn=False,         # batch norm over all GPUs; ours: the report says it for SlowFast alone
+    sync_bn=False,         # batch norm over all GPUs; ours: off, the report has it for SlowFast
     init="imagenet",       # imagenet (torchvision's weights), none, or a checkpoint file; ours: the
                            # report starts from Kinetics-600, but those weights are not public
 )
@@ -74,10 +79,10 @@ LOG_EVERY = 20  # steps
 def scaled_bce(logits, labels, scale=160.0, weight=None):
     """Binary cross-entropy, averaged over videos and classes, times `scale`; weight (K,).
 
-    Report: the factor 160 gave "a huge performance gain", a learning rate times 160 did not.
-    Averaging over 313 classes shrinks the loss's gradient but not the weight decay; the factor
-    restores the balance. A video has 1.96 labels on average, and 313 / 1.96 is 160, so the scaled
-    loss is the sum over all classes, divided by the number of labels.
+    Report: the factor 160 gave "a huge performance gain"; a larger learning rate did not. Averaging
+    over 313 classes shrinks the loss's gradient but not the weight decay, and the factor restores
+    the balance. A larger rate would multiply the decay too. Since 160 is 313 classes / 1.96 labels
+    per video, the scaled loss is the sum over classes, divided by the mean number of labels.
     """
     labels = labels.to(logits.dtype)
     return scale * F.binary_cross_entropy_with_logits(logits, labels, weight=weight)
@@ -85,8 +90,8 @@ def scaled_bce(logits, labels, scale=160.0, weight=None):
 
 def compute_loss(logits, labels, recipe, class_weight=None):
     """The loss that the recipe names, always in float32."""
-    logits = logits.float()  # under autocast the network's answer may be in half precision
-    scale = recipe["loss_scale"]
+    logits = logits.float()  # under autocast the network's output may be in half precision
+    scale = recipe["loss_scale"]  # the flags make it 1 for other losses than bce (--loss-scale)
     if recipe["loss"] == "bce":
         return scaled_bce(logits, labels, scale, class_weight)
     if recipe["loss"] == "ce":
@@ -101,10 +106,10 @@ def compute_loss(logits, labels, recipe, class_weight=None):
 def learning_rate(step, total, steps_per_epoch, recipe):
     """The learning rate of a step, counted from 0, of `total` steps.
 
-    Report: a tenth at each milestone, or half a cosine over all steps. A warm-up is a line from a
-    tenth of the base rate to the curve's own value at its end (SlowFast's paper). The recipe's
-    values are for reference_batch clips a step: a larger batch gets a rate in proportion and a
-    shorter warm-up.
+    Report: divided by ten at each milestone, or half a cosine over all steps. A warm-up is a line
+    from a tenth of the base rate to the curve's value at the end of the warm-up (SlowFast's paper).
+    The recipe's values are for reference_batch clips per step: a larger batch gets a rate in
+    proportion and a shorter warm-up.
     """
     base = recipe["lr"] * recipe["batch"] / recipe["reference_batch"]
     warmup = recipe["warmup"] * recipe["reference_batch"] / recipe["batch"]
@@ -133,7 +138,7 @@ def batches(num_videos, batch, seed, start, total, rank, world):
     """For each step from `start` on, yield this process's share of the batch: [(epoch, row), ...].
 
     An epoch is a permutation of the videos; the incomplete last batch is dropped. Epochs count
-    from 0 here.
+    from 0 here, and from 1 in main and the log.
     """
     steps_per_epoch = num_videos // batch
     for step in range(start, total):
@@ -145,13 +150,13 @@ def batches(num_videos, batch, seed, start, total, rank, world):
 
 
 def step_seed(seed, step, rank):
-    """The seed of what a step draws: dropout, and TRN's tuples."""
+    """The seed of what a step draws: dropout, and the tuples of frames in trn.py."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
 def load_clips(videos, args, start, total, rank, world, device):
-    """An iterator over this process's batches from step `start` on: random clips, uint8
-    (B, T, H, W, 3), and their labels, float32 (B, K)."""
+    """One iterator over all batches of this process, from step `start` to the end of the run: random
+    clips, uint8 (B, T, H, W, 3), and their labels, float32 (B, K)."""
     clips = data.TrainClips(videos, args.recipe, args.seed)
     if args.skip_broken:
         clips = data.SkipBroken(clips)
@@ -163,14 +168,15 @@ def load_clips(videos, args, start, total, rank, world, device):
         pin_memory=device.type == "cuda",
         worker_init_fn=data.ignore_interrupts,
     )
-    return data.load(loader)
+    return data.load(loader)  # its batches, with a clear error if shared memory runs out
 
 
 # ---- one step and one validation -----------------------------------------------------------------
 
 def train_step(net, clips, labels, optimizer, scaler, recipe, class_weight, autocast):
-    """Update the weights by one batch: clips (B, T, 3, H, W), labels (B, K) -> (loss, norm of the
-    gradient before it is clipped)."""
+    """Update the weights with one batch: clips (B, T, 3, H, W), labels (B, K) -> (loss, norm of the
+    gradient before it is clipped). net: the network, or DDP around it, which averages the gradients
+    over the processes."""
     # forward and backward; the scaler does nothing unless --amp is fp16
     with autocast:
         logits = net(clips)
@@ -179,7 +185,7 @@ def train_step(net, clips, labels, optimizer, scaler, recipe, class_weight, auto
 
     # update
     scaler.unscale_(optimizer)
-    max_norm = recipe["clip_grad"] or math.inf
+    max_norm = recipe["clip_grad"] or math.inf  # infinite: only measure
     grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), max_norm)
     scaler.step(optimizer)
     scaler.update()
@@ -189,8 +195,9 @@ def train_step(net, clips, labels, optimizer, scaler, recipe, class_weight, auto
 
 def validate(model, views, recipe, device, workers, **options):
     """Score every validation video by one view -> (mAP, text for the log line)."""
-    # DDP copies the first process's running means to all when a step begins; the step then changes
-    # them in each process. Copy them once more, so that all score the network that is saved.
+    # DDP copies the first process's running means and variances (of batch norm) to all when a step
+    # begins, and the step then changes them in each process. Copy them once more, so that all
+    # processes score the network that is saved.
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
@@ -202,6 +209,8 @@ def validate(model, views, recipe, device, workers, **options):
     if recipe["loss"] == "ce":
         top1, top5 = evaluate.hit_rates(scores, labels)
         text += f"  top-1 {100 * top1:.2f}  top-5 {100 * top5:.2f}"
+    if not labels.any(axis=1).all():
+        text += f"  ({evaluate.labelled_map(scores, labels)})"
     return val_map, text
 
 
@@ -233,19 +242,21 @@ def main():
         evaluate.use_channels_last(model)
     optimizer, scaler = make_optimizer(model, recipe, device, args.amp)
 
-    # first weights, or the run that is resumed
+    # First weights, or the run that is resumed. `run` is what a checkpoint holds beside tensors and
+    # steps: the settings ("config"), the best validation so far ("best_map", "best_epoch"), and the
+    # step after which the network was last validated ("validated").
     step = 0  # steps taken so far
-    run = new_run(args, videos)  # its best_map, best_epoch, last validated step, and settings
+    run = new_run(args, videos, val_videos)
     checkpoint = find_checkpoint(out / "last.pt", args.resume, run["config"])
     if checkpoint is None:
         message = load_init(args.module, model, recipe, videos.categories)
     else:
         resume(checkpoint, model, optimizer, scaler)
         step = checkpoint["iteration"]
-        run = {key: checkpoint[key] for key in run}
+        run = {key: checkpoint[key] for key in run}  # the same keys, from the file
         message = f"resuming from {out / 'last.pt'}"
     if main_process:
-        clean_up(out, step, run["validated"])
+        log = Log(out, args.resume, step, run["validated"])
         print_plan(args, device, world, model, videos, val_videos, steps_per_epoch, total, step)
         print(message, flush=True)
 
@@ -254,7 +265,7 @@ def main():
     if world > 1:
         net = torch.nn.parallel.DistributedDataParallel(model)
     if args.compile:
-        net = torch.compile(net)
+        net = evaluate.compile_network(net)
     autocast = evaluate.make_autocast(device, args.amp)
     class_weight = class_weights(videos.class_counts, recipe["class_weight"]).to(device)
 
@@ -262,48 +273,40 @@ def main():
     stream = load_clips(videos, args, step, total, rank, world, device)
     views = evaluate.VideoViews(val_videos, recipe, evaluate.make_protocol(recipe))
 
-    # the loop; an epoch that was stopped in its validation has no step left to take
-    losses = []           # since the last log line
-    seconds_waited = 0.0  # for clips, since then
+    # The loop. If the resumed run was stopped during a validation, all steps of that epoch are
+    # already taken: `while` finds none, and only the validation is repeated.
+    meter = Meter(recipe["batch"], world)  # of losses and times, for the log
     epochs = math.ceil(total / steps_per_epoch)
     epochs_done = math.ceil(run["validated"] / steps_per_epoch)
     for epoch in range(epochs_done + 1, epochs + 1):
         last_step = min(epoch * steps_per_epoch, total)
-        log_start = time.time()
+        meter.restart()
         while step < last_step:
             # a batch: uint8 (B, T, H, W, 3) -> float (B, T, 3, H, W), and labels (B, K)
-            wait_start = time.time()
-            clips, labels = next(stream)
-            seconds_waited += time.time() - wait_start
+            clips, labels = meter.wait_for(stream)  # next(stream), timed
             clips = clips.to(device, non_blocking=True)
             clips = data.normalise(clips, recipe["mean"], recipe["std"], args.channels_last)
             labels = labels.to(device, non_blocking=True)
 
-            # What a step draws depends on (seed, step, rank) alone: no generator's state to resume.
+            # What a step draws depends on (seed, step, rank) alone, so no generator's state has to
+            # be saved.
             torch.manual_seed(step_seed(args.seed, step, rank))
             lr = learning_rate(step, total, steps_per_epoch, recipe)
             optimizer.param_groups[0]["lr"] = lr
             loss, grad_norm = train_step(net, clips, labels, optimizer, scaler, recipe,
                                          class_weight, autocast)
-            losses.append(loss)
+            meter.losses.append(loss)
             step += 1
 
-            # log and save; last.pt is written before the validation, so a kill there loses no step
+            # log and save; last.pt is written before the validation too, so that a kill during the
+            # validation loses no step
             save_now = step % args.save_every == 0 or step == last_step
             if save_now or step % LOG_EVERY == 0:
-                mean_loss = average_losses(losses, world)  # synchronises with the GPU
-                seconds = time.time() - log_start
-                line = {"epoch": epoch, "step": step, "loss": mean_loss, "lr": lr,
-                        "grad_norm": grad_norm.item(),
-                        "clips_per_s": len(losses) * recipe["batch"] / seconds,
-                        "data_share": seconds_waited / seconds}
-                check_finite(line, args.amp)
+                line = meter.log_line(epoch, step, lr, grad_norm)  # means over all processes
+                check_finite(line, args.amp)  # ValueError: a broken network is never saved
                 if main_process:
-                    append_log(out / "log.jsonl", line)
+                    log.append(line)
                     print_step(line, recipe, total, device)
-                losses = []
-                seconds_waited = 0.0
-                log_start = time.time()
             if save_now and main_process:
                 save(out / "last.pt", model, optimizer, scaler, epoch, step, run)
 
@@ -312,9 +315,9 @@ def main():
                                  channels_last=args.channels_last)
         if main_process:
             print(f"epoch {epoch}  {text}", flush=True)
-            append_log(out / "log.jsonl", {"epoch": epoch, "step": step, "val_map": val_map})
+            log.append({"epoch": epoch, "step": step, "val_map": val_map})
             run["validated"] = step
-            if val_map > run["best_map"]:
+            if val_map >= run["best_map"]:  # on a tie the later epoch, which has trained longer
                 run["best_map"] = val_map
                 run["best_epoch"] = epoch
                 save(out / "best.pt", model, optimizer, scaler, epoch, step, run)
@@ -370,9 +373,11 @@ def warp(logits, labels):
 
 def class_weights(counts, kind):
     """Training videos of each class, counts (K,) -> the weight of each class in the loss, (K,).
-    Report: N_i / mean N ("ratio") or its root ("sqrt"); frequent classes weigh more."""
+    Report: N_i / mean N ("ratio") or its root ("sqrt"); frequent classes weigh more. A class
+    without videos weighs as much as the rarest one: with weight 0 nothing would push it down."""
     powers = {"none": 0, "sqrt": 0.5, "ratio": 1}
-    return torch.tensor((counts / counts.mean()) ** powers[kind], dtype=torch.float32)
+    ratios = np.maximum(counts, counts[counts > 0].min()) / counts.mean()
+    return torch.tensor(ratios ** powers[kind], dtype=torch.float32)
 
 
 # ---- first weights -------------------------------------------------------------------------------
@@ -394,6 +399,7 @@ def load_init(module, model, recipe, categories):
         raise ValueError(f"--init {init}: no such file, and neither imagenet nor none")
     else:
         checkpoint = evaluate.read_checkpoint(init)
+    notes = evaluate.notes_on_file(module, recipe, {"init"}, checkpoint, init)
     theirs = evaluate.state_of(module, checkpoint, init)
     ours = {}
     for key, tensor in model.state_dict().items():
@@ -427,7 +433,7 @@ def load_init(module, model, recipe, categories):
         message += f"\n  keeps its initial value: {problem}"
     if len(kept) > 3:
         message += f"\n  and {len(kept) - 3} others"
-    return message
+    return "\n".join([message, *notes])
 
 
 def imagenet_weights(recipe):
@@ -461,7 +467,7 @@ def make_optimizer(model, recipe, device, amp):
     return optimizer, scaler
 
 
-def new_run(args, videos):
+def new_run(args, videos, val_videos):
     """What a checkpoint holds beside the weights, the optimiser and the number of steps."""
     return {
         "validated": 0,    # the step after which the network was last validated
@@ -475,6 +481,8 @@ def new_run(args, videos):
             "categories": videos.categories,
             "videos": len(videos),
             "list_hash": videos.hash,
+            "val_videos": len(val_videos),
+            "val_hash": val_videos.hash,
         },
     }
 
@@ -500,13 +508,17 @@ def save(path, model, optimizer, scaler, epoch, step, run):
 
 
 def find_checkpoint(last, resume, config):
-    """What last.pt holds, or None if it is not there. ValueError if it is there but was not asked
-    for, or if it belongs to another run than this one."""
+    """What last.pt holds, or None if it is not there. ValueError if a run is there that was not
+    asked for, or if it is another run than this one."""
+    for file in (last, last.with_name("log.jsonl")):
+        if file.exists() and not resume:
+            raise ValueError(f"{file}: a run is there already; continue it with --resume, or name "
+                             "another --out")
     if not last.exists():
+        best = last.with_name("best.pt")
+        if best.exists():
+            raise ValueError(f"{best}: is there, but no last.pt to go on from; name another --out")
         return None
-    if not resume:
-        raise ValueError(f"{last}: a run is there already; continue it with --resume, or name "
-                         "another --out")
     checkpoint = evaluate.read_checkpoint(last)
     theirs = checkpoint["config"]
     hint = f"; to start a new run from its weights: --init {last} --out NEW"
@@ -520,6 +532,10 @@ def find_checkpoint(last, resume, config):
     if config["list_hash"] != theirs["list_hash"]:
         raise ValueError(f"{last}: was trained on another list, of {theirs['videos']} videos; the "
                          f"list here has {config['videos']}{hint}")
+    if config["val_hash"] != theirs.get("val_hash", config["val_hash"]):  # files of old lack it
+        raise ValueError(f"{last}: was validated on another val.txt, of {theirs['val_videos']} "
+                         f"videos; the list here has {config['val_videos']}, so its best mAP "
+                         f"would not compare{hint}")
 
     # the network and its settings
     ours = {"model": config["model"], "seed": config["seed"], **config["recipe"]}
@@ -550,41 +566,88 @@ def resume(checkpoint, model, optimizer, scaler):
 
 # ---- the log -------------------------------------------------------------------------------------
 
-def clean_up(out, step, validated):
-    """Make the folder of a run, and drop from it what a stopped run wrote after its last
-    checkpoint."""
-    out.mkdir(parents=True, exist_ok=True)
-    for part in out.glob("*.part-*"):  # a kill cut it off
-        part.unlink()
-    log = out / "log.jsonl"
-    if not log.exists():
-        return
-    kept = []
-    for text in log.read_text(encoding="utf-8").splitlines():
-        if not text.endswith("}"):  # a kill cut it off
-            continue
-        line = json.loads(text)
-        written = step
-        if "val_map" in line:
-            written = validated
-        if line["step"] <= written:
-            kept.append(text)
-    data.write_lines(log, kept)
+class Log:
+    """OUT/log.jsonl: each line is a dict as JSON.
+
+    The first line of a new run creates the file, before anything is saved, and fails if another run
+    has created it meanwhile. So two runs cannot share a folder, and a run that ends before its
+    first line leaves no file behind.
+    """
+
+    def __init__(self, out, resume, step, validated):
+        """Make the folder. A resumed run drops from it what the stopped run wrote after its last
+        checkpoint."""
+        out.mkdir(parents=True, exist_ok=True)
+        self.path = out / "log.jsonl"
+        self.mode = "x"  # create it
+        if not resume:
+            return
+        for part in out.glob("*.part-*"):  # left by a run that was killed
+            part.unlink()
+        if not self.path.exists():
+            return
+
+        self.mode = "a"  # append to it
+        kept = []
+        for text in self.path.read_text(encoding="utf-8").splitlines():
+            if not text.endswith("}"):  # a kill cut it off
+                continue
+            line = json.loads(text)
+            written = step
+            if "val_map" in line:
+                written = validated
+            if line["step"] <= written:
+                kept.append(text)
+        data.write_lines(self.path, kept)
+
+    def append(self, line):
+        try:
+            with open(self.path, self.mode, encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except FileExistsError:
+            raise ValueError(f"{self.path}: another run has begun there meanwhile; name another "
+                             "--out") from None
+        self.mode = "a"
 
 
-def append_log(path, line):
-    """Add a dict to log.jsonl as a line of JSON."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+class Meter:
+    """What has been measured since the last line of the log."""
 
+    def __init__(self, batch, world):
+        self.batch = batch
+        self.world = world
+        self.restart()
 
-def average_losses(losses, world):
-    """The mean over steps and processes of scalar tensors, as a float."""
-    values = torch.stack(losses)
-    if world > 1:
-        dist.all_reduce(values)
-        values /= world
-    return sum(values.tolist()) / len(losses)
+    def restart(self):
+        self.losses = []           # one scalar tensor per step
+        self.seconds_waited = 0.0  # for clips
+        self.start = time.time()
+
+    def wait_for(self, stream):
+        """The next batch of an iterator."""
+        wait_start = time.time()
+        batch = next(stream)
+        self.seconds_waited += time.time() - wait_start
+        return batch
+
+    def log_line(self, epoch, step, lr, grad_norm):
+        """A line for log.jsonl; the loss is the mean over steps and processes. Then restart."""
+        losses = torch.stack(self.losses)
+        if self.world > 1:
+            dist.all_reduce(losses)
+            losses /= self.world
+        seconds = time.time() - self.start
+        line = {
+            "epoch": epoch,
+            "step": step,
+            "loss": sum(losses.tolist()) / len(losses),
+            "lr": lr,
+            "grad_norm": grad_norm.item(),
+            "clips_per_s": len(losses) * self.batch / seconds,
+            "data_share": self.seconds_waited / seconds,  # of the time, spent waiting for clips
+        }
+        self.restart()
+        return line
 
 
 def check_finite(line, amp):
@@ -616,9 +679,10 @@ def print_step(line, recipe, total, device):
 def check_videos(videos, val_videos, recipe, world):
     """ValueError if the lists cannot be used with this recipe by so many processes."""
     batch = recipe["batch"]
-    if val_videos.label_matrix() is None:
-        raise ValueError(f"{val_videos.file}: no video has a label, so the best epoch cannot be "
-                         "told")
+    for unlabelled in (videos, val_videos):
+        if len(unlabelled.label_ids) == 0:
+            raise ValueError(f"{unlabelled.file}: no video has a label; training needs labels, and "
+                             "validation, to find the best epoch")
     if recipe["loss"] == "ce":
         for row in range(len(videos)):
             labels = len(videos.labels(row))
@@ -656,7 +720,7 @@ def print_plan(args, device, world, model, videos, val_videos, steps_per_epoch, 
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, "
           f"{world} x {device.type} ({hardware})")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{args.model}: {parameters:,} parameters, {len(videos.categories)} classes")
+    print(f"{args.model} {args.row}: {parameters:,} parameters, {len(videos.categories)} classes")
     print(data.describe_videos(videos))
     print(data.describe_videos(val_videos))
 
@@ -669,11 +733,49 @@ def print_plan(args, device, world, model, videos, val_videos, steps_per_epoch, 
           f"{steps_per_epoch} steps an epoch, {total} in all, from {step}")
     print(f"learning rate {recipe['lr']} x {batch} / {reference} = "
           f"{recipe['lr'] * batch / reference:g}")
-    if total < 100:
-        print(f"warning: {total} steps are too few to learn much; raise --epochs, or lower --batch "
-              "for more steps an epoch, and start from a trained network with --init FILE")
+    if batch != reference:
+        print(f"  (lr x batch / reference_batch; --reference-batch {batch} would keep "
+              f"{recipe['lr']})")
+    warmup = recipe["warmup"] * reference / batch
+    if warmup > 0:
+        print(f"warm-up {warmup:g} steps, {100 * warmup / total:.0f} % of the run")
+    if "test_resize" in args.given and "scales" not in args.given:
+        print(f"the scales of the fuller protocols follow test_resize: {recipe['scales']}")
+    for note in odd_settings(args, videos, val_videos, steps_per_epoch, total):
+        print(note)
     if step == total:
         print("finished already")
+
+
+def odd_settings(args, videos, val_videos, steps_per_epoch, total):
+    """What is odd about a run: sentences that name a remedy."""
+    recipe = args.recipe
+    notes = []
+    if total < 100:
+        notes.append(f"warning: {total} steps are too few to learn much; raise --epochs, or lower "
+                     "--batch for more steps an epoch, and start from a trained network with "
+                     "--init FILE")
+    warmup = recipe["warmup"] * recipe["reference_batch"] / recipe["batch"]
+    if warmup >= total / 5:
+        notes.append(f"warning: the warm-up's {warmup:g} steps are much of a run of {total}; "
+                     "shorten it with --warmup (steps at reference_batch)")
+    late = [m for m in recipe["milestones"] if m * steps_per_epoch >= total]
+    if recipe["schedule"] == "step" and late:
+        notes.append(f"warning: the run ends before the milestones {late}, so the learning rate "
+                     "does not fall there; set --milestones (epochs)")
+
+    absent = [videos.categories[k] for k in np.flatnonzero(videos.class_counts == 0)]
+    if recipe["class_weight"] != "none" and absent:
+        notes.append(f"warning: {len(absent)} classes have no training video "
+                     f"({', '.join(absent[:5])}); in the loss they weigh as much as the rarest "
+                     "class that has one")
+    shared = set(val_videos.paths).intersection(videos.paths)
+    if shared:
+        notes.append(f"warning: {val_videos.file} and {videos.file} both name {len(shared)} "
+                     f"videos, such as {min(shared)}: the mAP on validation is too high")
+    if hasattr(args.module, "check"):
+        notes += args.module.check(recipe, args.given)
+    return notes
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -685,7 +787,9 @@ def parse_arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="train.py --model NAME [--data DATA] [--FLAG VALUE ...]; see --help",
         add_help=False, allow_abbrev=False,
-        epilog="--model NAME --help shows the flags of the recipe's values too.")
+        epilog="--model NAME --help shows the flags of the recipe's values too. --class-weight "
+               "ratio: in the loss a class weighs its number of training videos, divided by the "
+               "mean number; sqrt: the root of this. So frequent classes weigh more.")
     add = parser.add_argument
     add("--model", metavar="NAME", help="a model file beside this script, such as tin")
     add("--recipe", metavar="ROW", dest="row",
@@ -709,6 +813,11 @@ def parse_arguments():
             row = "toy"
         pages = (data.RECIPE, evaluate.RECIPE, RECIPE)
         module, recipe = evaluate.open_model(known.model, row, pages)
+        row = row or next(iter(module.RECIPES))
+        if row == "toy" and known.data is not None and known.row is None:
+            raise ValueError(f"--model {known.model}: the first row of its RECIPES is toy, whose "
+                             "settings are for the toy videos; put a row for real data before it, "
+                             "or pass --recipe toy")
         evaluate.add_recipe_flags(parser, recipe)
     add("-h", "--help", action="help")
     args = parser.parse_args()
@@ -717,7 +826,7 @@ def parse_arguments():
     given = {key: value for key, value in vars(args).items() if key in recipe}
     if given.get("loss", "bce") != "bce" and "loss_scale" not in given:
         given["loss_scale"] = 1.0  # 160 belongs to the mean of binary cross-entropy
-    recipe = evaluate.override(recipe, given)
+    recipe = evaluate.override(recipe, evaluate.with_scales(recipe, given))
 
     evaluate.check_recipe(recipe)
     if recipe["loss_scale"] == 0:
@@ -730,7 +839,9 @@ def parse_arguments():
         if isinstance(value, tuple):
             recipe[key] = list(value)  # as a checkpoint holds it, so that the two compare
     args.module = module
+    args.row = row
     args.recipe = recipe
+    args.given = set(given)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:  # torchrun started it again
         args.resume = True
     return args

@@ -1,9 +1,9 @@
 """TRN, the Temporal Relation Network: small networks look at ordered tuples of a video's frames.
 
-A 2D network sees every frame by itself. Then one small network looks at pairs of frames, another
-one at triples, and so on. Their logits are added up.
+A 2D network sees every frame by itself. Then one small network looks at the features of pairs of
+frames, another one at triples, and so on. Their logits are added up.
 
-Report: arXiv 2003.05837, section 1.2: "it doesn't work well in our attempt", without a figure.
+Report: arXiv 2003.05837, section 1.2: "it doesn't work well in our attempt", without an mAP.
 Paper: Zhou, Andonian, Oliva and Torralba, "Temporal Relational Reasoning in Videos",
 arXiv 1711.08496.
 
@@ -14,12 +14,14 @@ arXiv 1711.08496.
     scale 3       abc        abd        acd        bcd
     scale 2       ab         ac         ad         bc         bd         cd
 
-In training, every step draws at most 3 tuples of each scale and adds up their logits. Evaluation
-takes the mean over all tuples of a scale, times the number that training draws. This is the mean
-over all possible draws, so evaluation is not random.
+In training, every step draws at most 3 tuples of each scale and adds up their logits. Evaluation is
+not random: it averages the logits of all tuples of a scale, and multiplies by the number that
+training draws. This is the mean of training's sum over all possible draws.
 
-B clips, T frames, C channels, H height, W width, K classes, D features per frame, k the scale: the
-number of frames in a tuple.
+The authors' code is TRN-pytorch; mmaction2, a library, has TRN too.
+
+B clips, T frames, H height, W width, K classes, D features per frame, k the scale: the number of
+frames in a tuple; R tuples of a scale, of which a forward pass looks at n.
 """
 import itertools
 import re
@@ -34,7 +36,7 @@ FRAME_FEATURES = 256  # what the relations see of a frame; as in TRN-pytorch and
 class Relation(nn.Module):
     """The network of one scale k: frame features f (B, T, 256) -> its part of the logits, (B, K).
 
-    The k feature vectors of a tuple are concatenated in time order; then ReLU, linear, ReLU,
+    ReLU; the k feature vectors of a tuple are concatenated in time order; then linear, ReLU,
     linear. hidden: features between the two linear layers.
     """
 
@@ -43,7 +45,8 @@ class Relation(nn.Module):
         self.fc1 = nn.Linear(scale * FRAME_FEATURES, hidden)
         self.fc2 = nn.Linear(hidden, num_classes)
 
-        # all R increasing tuples of k frame indices; a buffer, so that model.to() moves them too
+        # All tuples of k frame indices in time order. A buffer, so that model.to() moves them too;
+        # not in the state dict, since they can be computed again.
         tuples = torch.tensor(list(itertools.combinations(range(frames), scale)))
         self.register_buffer("tuples", tuples, persistent=False)  # (R, k)
         self.draws = min(3, len(tuples))  # in training; as in TRN-pytorch and mmaction2
@@ -52,7 +55,7 @@ class Relation(nn.Module):
         # Training draws n tuples, the same for the whole batch. In evaluation n is R: all tuples.
         tuples = self.tuples
         if self.training:
-            drawn = torch.randperm(len(tuples))[: self.draws]  # on the CPU, whatever the device
+            drawn = torch.randperm(len(tuples))[: self.draws]  # on the CPU: same on any device
             tuples = tuples[drawn.to(tuples.device)]
 
         x = torch.relu(f)  # (B, T, 256)
@@ -60,9 +63,8 @@ class Relation(nn.Module):
         x = x.flatten(2)  # (B, n, k*256)
         x = torch.relu(self.fc1(x))  # (B, n, hidden)
 
-        # Adding up the logits of n tuples is n times their mean. The mean can be taken before the
-        # last linear layer, which then sees one vector instead of n. In evaluation the mean is over
-        # all tuples, and still multiplied by the number of draws.
+        # A sum of n logits is n times their mean. fc2 is linear, so the mean of the logits is fc2
+        # of the mean of x.
         x = x.mean(dim=1)  # (B, hidden)
         return self.draws * self.fc2(x)  # (B, K)
 
@@ -73,21 +75,21 @@ class TRN(nn.Module):
     frames: T; a clip of another length raises a ValueError.
     backbone: resnet18, resnet50 or resnet101 of torchvision.
     dropout: a probability.
-    multiscale: all scales from T to 2, for a T of at most 10; otherwise T is the only one.
+    multiscale: True: all scales from T to 2, for a T of at most 10. False: the scale T alone.
     """
 
     def __init__(self, num_classes, frames=8, backbone="resnet50", dropout=0.5, multiscale=True):
         super().__init__()
-        if multiscale and not 2 <= frames <= 10:  # evaluation sees all 2**T - T - 1 tuples
+        if multiscale and not 2 <= frames <= 10:  # tuples double with every frame: 1,013 of 10
             raise ValueError(f"a multiscale TRN takes 2 to 10 frames, got {frames}")
         self.frames = frames
 
-        # the 2D network, without its own classifier
+        # the 2D network with random weights, without its own classifier
         self.backbone = image_network(backbone)
         features = self.backbone.fc.in_features  # D
         self.backbone.fc = nn.Identity()
 
-        # the frame layer, where the other models have their classifier
+        # the frame layer: what the relations see of a frame
         self.dropout = nn.Dropout(dropout)
         self.frame = nn.Linear(features, FRAME_FEATURES)
         nn.init.normal_(self.frame.weight, std=0.001)  # as in the authors' code
@@ -134,12 +136,12 @@ def build(recipe, num_classes):
     )
 
 
-# A row like the report's other ones, and the toy. A row holds what build() needs, and what differs
-# from the settings in data.py, evaluate.py and train.py. "report" in a comment: it says so. "ours":
-# it does not.
+# A row like those of the report's other networks, and the toy. A row holds what build() needs, and
+# what differs from the settings in data.py, evaluate.py and train.py. The report gives no value for
+# TRN, so all are "ours": after this word stands whom we follow, or why.
 SHARED = dict(
     frames=8,  # T; ours: as TRN-pytorch and mmaction2
-    multiscale=True,  # all scales from T to 2; ours: as most public weights
+    multiscale=True,  # all scales from T to 2; ours: as in most public weights
 )
 RECIPES = {
     "r50_8f": dict(SHARED, backbone="resnet50", dropout=0.5),  # ours: as the report's other rows
@@ -149,20 +151,20 @@ RECIPES = {
         dropout=0.0,
 
         # ours: small, smooth steps. The relations begin with a ReLU, so a feature that is negative
-        # in every frame gets no gradient any more. Larger steps leave too few features alive.
+        # in every frame of every clip no longer gets a gradient; larger steps leave few that do.
         lr=0.02,
         clip_grad=1.0,  # largest gradient norm
         nesterov=True,
         warmup=75,  # steps: one epoch
 
-        # ours: the full rate almost to the end
+        # ours: the full rate almost to the end, then a tenth
         epochs=18,
         schedule="step",
         milestones=(17,),
     ),
 }
 
-# mAP; the report has no figure for TRN
+# mAP; the report gives none for TRN
 REPORTED = {"r50_8f": None}
 
 

@@ -2,7 +2,7 @@
 
 One eighth of the channels moves one frame earlier and one eighth one frame later. The convolution
 that follows looks at a single frame, but now it finds features of both neighbours there. The shift
-has no weights and no multiplications, so TSM costs what TSN does.
+has no weights and no multiplications, so TSM needs as many of both as TSN.
 
 Report: arXiv 2003.05837, section 1.3 and Table 1.
 Paper: Lin, Gan and Han, "TSM: Temporal Shift Module", arXiv 1811.08383.
@@ -32,18 +32,16 @@ def temporal_shift(x):
     """Move the first C/8 channels one frame earlier and the next C/8 channels one frame later.
 
     x (B, T, C, H, W) -> the same shape and memory layout.
-
-    A figure in the paper shows the two directions the other way round. The weights that its authors
-    released need the directions used here.
     """
-    # If the channels of x lie innermost in memory (channels_last), make them the last axis. The
-    # result then lies in memory as x does, since torch.cat returns contiguous memory.
+    # This is about speed alone. If x is channels_last (its channels lie innermost in memory),
+    # joining parts along axis 2 would lose that, and the next convolution would have to restore it.
+    # So the channels become the last axis first.
     axis = 4 if x.stride(2) == 1 else 2
     x = x.movedim(2, axis)
 
     eighth = x.shape[axis] // 8
-    others = x.shape[axis] - 2 * eighth
-    earlier, later, kept = x.split([eighth, eighth, others], dim=axis)
+    rest = x.shape[axis] - 2 * eighth
+    earlier, later, kept = x.split([eighth, eighth, rest], dim=axis)
 
     # drop a frame at one end, and fill the gap at the other one with a frame of zeros
     zeros = torch.zeros_like(earlier[:, :1])
@@ -55,7 +53,8 @@ def temporal_shift(x):
 
 
 def residual(block, x, shifted):
-    """torchvision's residual block, with `shifted` on the main path and x on the shortcut."""
+    """torchvision's residual block, with `shifted` on the main path and x on the shortcut. (Its own
+    forward gives both paths the same input.)"""
     y = block.conv1(shifted)
     y = block.bn1(y)
     y = block.relu(y)
@@ -78,14 +77,15 @@ class TSM(nn.Module):
     frames: T; a clip of another length raises a ValueError.
     backbone: resnet18, resnet50 or resnet101 of torchvision.
     dropout: a probability.
-    shift_every: n shifts in the blocks 0, n, 2n ... of every stage.
+    shift_every: with n, the blocks 0, n, 2n ... of every stage shift. None: what the weights of
+    TSM's authors need, 2 for ResNet-101 and otherwise 1.
     """
 
     def __init__(self, num_classes, frames=8, backbone="resnet50", dropout=0.5, shift_every=None):
         super().__init__()
         self.frames = frames
 
-        # the 2D network, without its own classifier
+        # the 2D network with random weights, without its own classifier
         self.backbone = image_network(backbone)
         features = self.backbone.fc.in_features  # D
         self.backbone.fc = nn.Identity()
@@ -96,7 +96,6 @@ class TSM(nn.Module):
         nn.init.normal_(self.fc.weight, std=0.001)  # logits start near 0, as in the authors' code
         nn.init.zeros_(self.fc.bias)
 
-        # RECIPES says 1, every block. The default is what the weights of TSM's authors need.
         self.shift_every = choose_shift_every(shift_every, backbone)
 
     def features(self, clip):
@@ -148,20 +147,20 @@ def build(recipe, num_classes):
 
 
 # The rows of the report's Table 1, and the toy. A row holds what build() needs, and what differs
-# from the settings in data.py, evaluate.py and train.py. "report" in a comment: it says so. "ours":
-# it does not.
+# from the settings in data.py, evaluate.py and train.py. In a comment, "report" means that the
+# report gives the value. "ours" means that it does not; then comes whom we follow, or why.
 SHARED = dict(
     dropout=0.5,  # probability, before the classifier; report
-    shift_every=1,  # in every block; ours: the code of the report's authors
+    shift_every=1,  # in every block; ours: as the code that the report's authors published
 )
 RECIPES = {
     "r50_8f": dict(SHARED, frames=8, backbone="resnet50"),  # report
     "r50_16f": dict(SHARED, frames=16, backbone="resnet50"),  # report
     "r101_8f": dict(SHARED, frames=8, backbone="resnet101"),  # report
-    "toy": dict(SHARED, frames=8, backbone="resnet18"),  # ours
+    "toy": dict(SHARED, frames=8, backbone="resnet18"),  # ours: small videos that data.py draws
 }
 
-# mAP in percent on the validation set, one view (clip and crop) a video; report, Table 1
+# mAP in percent on the validation set, with one view (clip and crop) of each video; report, Table 1
 REPORTED = {"r50_8f": 59.85, "r50_16f": 61.12, "r101_8f": 61.06}
 
 
@@ -190,6 +189,35 @@ def choose_shift_every(shift_every, backbone):
     return shift_every
 
 
+def check(recipe, given, tensors=None):
+    """Whether a file shifts in the blocks in which the network does: sentences on what is odd.
+
+    tensors: {key: tensor} of the file. In the names of TSM's authors and of mmaction2 a convolution
+    that comes after a shift is called net: layer2.0.conv1.net.weight. A TSN's file has none, which
+    is fine for a start (--init, then "init" is in given), and otherwise a ValueError.
+    """
+    if tensors is None or "backbone.conv1.weight" in tensors:  # in our names there is no net
+        return []
+    shifts = {}  # (stage, block): whether it shifts
+    for key in tensors:
+        match = re.fullmatch(r".*(layer[1-4])\.(\d+)\.conv1\.(?:conv\.)?(net\.)?weight", key)
+        if match:
+            shifts[match[1], int(match[2])] = match[3] is not None
+
+    if not any(shifts.values()):
+        if "init" in given:
+            return []
+        raise ValueError("no block shifts: these are the weights of a TSN, for --model tsn")
+    shift_every = choose_shift_every(recipe["shift_every"], recipe["backbone"])
+    if all(shift == (i % shift_every == 0) for (_, i), shift in shifts.items()):
+        return []
+    for other in (1, 2, 3, 4):
+        if all(shift == (i % other == 0) for (_, i), shift in shifts.items()):
+            return [f"warning: the file's network shifts with --shift-every {other}, this one with "
+                    f"{shift_every}: the logits will be wrong"]
+    return ["warning: the file's network shifts in other blocks than any --shift-every does"]
+
+
 # ---- public weights ------------------------------------------------------------------------------
 #
 #     python evaluate.py --model tsm --weights FILE FLAGS --data DATA
@@ -204,9 +232,8 @@ def choose_shift_every(shift_every, backbone):
 #       ResNet-101                                  --recipe r101_8f --shift-every 2
 #
 # A network for videos of one label each, as of Kinetics, needs --loss ce too. The number of frames,
-# shift_every, sizes and normalisation leave no trace in a file, so nothing can notice a wrong one.
-# What does not load: networks with non-local blocks, temporal pooling, or a shift before the whole
-# block.
+# sizes and normalisation leave no trace in a file, so nothing can notice a wrong one. What does
+# not load: networks with non-local blocks, temporal pooling, or a shift before the whole block.
 
 
 # ---- their names and ours ------------------------------------------------------------------------

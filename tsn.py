@@ -1,9 +1,10 @@
 """TSN, the Temporal Segment Network: a 2D network sees every frame by itself; logits are averaged.
 
-The T frames come from T equal parts (segments) of the video, one from each; data.py picks them.
-TSN is the simplest of the five models, and the one that the others are measured against.
+A clip is the T frames that a network sees. Here they come from T equal parts (segments) of the
+video, one from each; data.py picks them. TSN is the simplest of the five models, and the one that
+the others are measured against.
 
-Report: arXiv 2003.05837, section 1.1 and Table 1.
+Report: the team's report on the M-MiT challenge, arXiv 2003.05837, section 1.1 and Table 1.
 Paper: Wang and others, "Temporal Segment Networks", arXiv 1608.00859.
 
     Four frames a b c d. The network f is the same for every frame.
@@ -12,7 +13,7 @@ Paper: Wang and others, "Temporal Segment Networks", arXiv 1608.00859.
     logits        f(a)       f(b)       f(c)       f(d)       no frame sees another
     video         ( f(a)  +  f(b)   +   f(c)  +   f(d) ) / 4  so their order does not matter
 
-B clips, T frames, C channels, H height, W width, K classes, D features per frame.
+B clips, T frames, H height, W width, K classes, D features per frame.
 """
 import re
 from collections import OrderedDict
@@ -25,7 +26,8 @@ import torchvision
 class TSN(nn.Module):
     """clip (B, T, 3, H, W), normalised -> logits (B, K).
 
-    frames: T; a clip of another length raises a ValueError.
+    frames: T. A clip of another length raises a ValueError; TSN could average any number of frames,
+    but a wrong one is a mistake in the recipe.
     backbone: resnet18, resnet50 or resnet101 of torchvision, inception_resnet_v2 or senet154.
     dropout: a probability.
     """
@@ -34,7 +36,7 @@ class TSN(nn.Module):
         super().__init__()
         self.frames = frames
 
-        # the 2D network, without its own classifier
+        # the 2D network with random weights, without its own classifier
         self.backbone = image_network(backbone)
         features = self.backbone.fc.in_features  # D
         self.backbone.fc = nn.Identity()
@@ -73,19 +75,21 @@ def build(recipe, num_classes):
 
 
 # The rows of the report's Table 1, and the toy. A row holds what build() needs, and what differs
-# from the settings in data.py, evaluate.py and train.py. "report" in a comment: it says so. "ours":
-# it does not.
+# from the settings in data.py, evaluate.py and train.py. In a comment, "report" means that the
+# report gives the value. "ours" means that it does not; then comes whom we follow, or why.
 SHARED = dict(dropout=0.5)  # probability, before the classifier; report
-HALF = (0.5, 0.5, 0.5)  # ours: what public weights of Inception-ResNet-v2 expect
-INCEPTION = dict(init="none", mean=HALF, std=HALF)  # init: torchvision has no weights for it
+# Of Inception-ResNet-v2 and SENet-154, torchvision has no ImageNet weights: train from scratch
+# (init "none"), or pass a public file with --init. The former's expect this mean and std.
+HALF = (0.5, 0.5, 0.5)
+INCEPTION = dict(backbone="inception_resnet_v2", mean=HALF, std=HALF)
 RECIPES = {
     "r101_5f": dict(SHARED, frames=5, backbone="resnet101"),  # report
-    "inception_resnet_v2_5f": dict(SHARED, frames=5, backbone="inception_resnet_v2", **INCEPTION),
-    "senet154_5f": dict(SHARED, frames=5, backbone="senet154", init="none"),  # the same
-    "toy": dict(SHARED, frames=8, backbone="resnet18"),  # ours
+    "inception_resnet_v2_5f": dict(SHARED, frames=5, init="none", **INCEPTION),  # report
+    "senet154_5f": dict(SHARED, frames=5, init="none", backbone="senet154"),  # report
+    "toy": dict(SHARED, frames=8, backbone="resnet18"),  # ours: small videos that data.py draws
 }
 
-# mAP in percent on the validation set, one view (clip and crop) a video; report, Table 1
+# mAP in percent on the validation set, with one view (clip and crop) of each video; report, Table 1
 REPORTED = {"r101_5f": 58.92, "inception_resnet_v2_5f": 57.45, "senet154_5f": 53.19}
 
 
