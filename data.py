@@ -25,6 +25,7 @@ value. "ours" means that it does not: after "ours" stands whom we follow instead
 authors' code" is X-Temporal, which the report's authors published.
 """
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import csv
@@ -464,6 +465,7 @@ def parse_line(line, number, format, num_classes=None):
             raise ValueError(f"label {max(labels)}, but the last class of categories.txt is "
                              f"{num_classes - 1}")
     else:
+        labels = [unicodedata.normalize("NFC", label) for label in labels]
         check_names(labels, name, line)
     if len(set(labels)) < len(labels):
         raise ValueError("a label appears twice; expected the ids of the classes, not a column of "
@@ -603,7 +605,7 @@ def read_categories(data_dir):
     return names
 
 
-HEADER = {"id", "index", "number", "name", "class", "category", "label"}
+TITLES = {"id", "index", "number", "name", "class", "category", "label"}  # of columns
 
 
 def parse_categories(lines):
@@ -614,28 +616,51 @@ def parse_categories(lines):
     all differ: "phase 1", "phase 2" are names, and so are "0", "1".
     """
     lines = [unicodedata.normalize("NFC", line) for line in lines]
-    words = re.findall("[a-z]+", lines[0].lower())
+    has_header = False
+    if not re.search(r"\d", lines[0]):
+        words = re.findall(r"[^\W_]+", lines[0].lower())
+        has_header = len(words) > 0 and TITLES.issuperset(words)
     rows = lines
-    if len(words) > 1 and HEADER.issuperset(words):
+    if has_header:
         rows = lines[1:]
 
+    # names and ids, with commas or else with other signs between them
+    for separator in (r"\s*,\s*", r"(?:\s*[;:|]\s*|\s+)"):
+        names = names_by_id(rows, separator)
+        if names:
+            return names
+
+    # names alone
+    if has_header:
+        raise ValueError(f"{lines[0]!r} looks like a line of column titles; remove it, or, if it "
+                         "is a class, write name,id in every line")
+    with_id = [re.fullmatch(r".+,\s*\d+|\d+\s*,.+", row) is not None for row in rows]
+    if any(with_id) and not all(with_id):
+        raise ValueError(f"{rows[with_id.index(False)]!r} has no id, but other lines have one; "
+                         "write name,id in every line")
+    return lines
+
+
+def names_by_id(rows, separator):
+    """Rows of names and ids -> names by id; None if they are something else."""
     problem = None
-    for pattern in (r"(?P<name>.*[^,\s])[,\s]+(?P<id>\d+)", r"(?P<id>\d+)[,\s]+(?P<name>[^,\s].*)"):
+    for pattern in (rf'"?(?P<name>.+?)"?{separator}"?(?P<id>\d+)"?',
+                    rf'"?(?P<id>\d+)"?{separator}"?(?P<name>.+?)"?'):
         matches = [re.fullmatch(pattern, row) for row in rows]
         if not rows or None in matches:
             continue
-        by_id = {int(match["id"]): match["name"].strip('"') for match in matches}
         if len({match["name"] for match in matches}) < len(rows):
             continue
+        by_id = {int(match["id"]): match["name"] for match in matches}
         if sorted(by_id) == list(range(len(rows))):
             return [by_id[number] for number in range(len(rows))]
         problem = (f"the ids must be 0 to {len(rows) - 1}, each once, but they are {min(by_id)} to "
-                   f"{max(by_id)}; if the numbers belong to the names, write name,id")
+                   f"{max(by_id)}")
         if sorted(by_id) == list(range(1, len(rows) + 1)):
             problem = f"the ids begin at 1; subtract 1, here and in the lists: 0 to {len(rows) - 1}"
     if problem:
-        raise ValueError(problem)
-    return lines
+        raise ValueError(f"{problem}; if the numbers belong to the names, write name,id")
+    return None
 
 
 def category_lines(names):
@@ -927,7 +952,7 @@ def extract(videos_dir, out, split="train", list_path=None, format="auto", worke
 
     # what to decode
     out = Path(out)
-    listed = paths_of_other_lists(out, splits)
+    listed = paths_of_other_lists(out, splits, list_path)
     files = find_videos(videos_dir)
     videos = [Video(path, None, [], 0) for path in files]
     categories = None
@@ -938,25 +963,31 @@ def extract(videos_dir, out, split="train", list_path=None, format="auto", worke
     extracted, failed = extract_videos(videos, files, out / "frames", split, workers, pack, listed)
 
     # write the lists
-    if categories is not None and not (out / "categories.txt").exists():
-        write_lines(out / "categories.txt", category_lines(categories))
     write_lines(out / f"{split}_failed.txt", failed)
+    if not extracted:
+        return 0, len(failed)  # a list that is there stays
     parts = [extracted]
     if val is not None:
         parts = split_videos(extracted, val)
+    refuse_what_came_meanwhile(out, categories, extracted,
+                               paths_of_other_lists(out, splits, list_path))
+    if categories is not None and not (out / "categories.txt").exists():
+        write_lines(out / "categories.txt", category_lines(categories))
     for name, part in zip(splits, parts):
         write_list(out / f"{name}.txt", part)
     print_classes(categories, dict(zip(splits, parts)))
     return len(extracted), len(failed)
 
 
-def paths_of_other_lists(out, splits):
+def paths_of_other_lists(out, splits, list_path):
     """{file_key of a path: (the list that names it, its Video)}, for all lists of the data folder
-    but those of `splits`, which the command writes anew."""
+    but those of `splits`, which the command writes anew, and the one that it reads."""
     passed_over = {"categories.txt", *[f"{split}.txt" for split in splits]}
     listed = {}
     for file in sorted(out.glob("*.txt")):
         if file.name in passed_over or file.name.endswith("_failed.txt"):
+            continue
+        if list_path is not None and file.resolve() == Path(list_path).resolve():
             continue
         try:
             videos = read_list(file, "ours")
@@ -967,18 +998,46 @@ def paths_of_other_lists(out, splits):
     return listed
 
 
+def refuse_what_came_meanwhile(out, categories, extracted, listed):
+    """Raise a ValueError if another command wrote into the data folder while this one decoded, and
+    the two contradict each other."""
+    file = out / "categories.txt"
+    if categories is not None and file.exists() and read_categories(out) != categories:
+        raise ValueError(f"{file}: another command has written it meanwhile; run this one again")
+    for video in extracted:
+        if file_key(video.path) in listed:
+            other, _ = listed[file_key(video.path)]
+            raise ValueError(f"{other}: another command has written it meanwhile, and it names "
+                             f"{video.path} too; run this one again")
+
+
 def extract_videos(videos, files, frames_dir, split, workers, pack, listed):
     """Decode several videos at once. files: {file_key of a path: its Path}. listed: the result of
     paths_of_other_lists. Returns (the extracted Videos, with their numbers of frames; the lines
     "path, tab, reason" of failed ones)."""
     frames_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers(frames_dir, ".part-*")
-    temporary = frames_dir / f".part-{split}-{os.getpid()}"
+    remove_leftovers(frames_dir.parent, "*.txt.part-*")
+    temporary = frames_dir / f".part-{split}-{own_name()}"
     temporary.mkdir()
-    folders = {parent.as_posix() for video in videos for parent in Path(video.path).parents}
+    kept = []
+    folders = set()
+    for video in videos:
+        folders.update(parent.as_posix() for parent in Path(video.path).parents)
+    unlistable = {key.replace("\\", "/") for key in files if "\\" in key}
 
     def work(row):
+        """Decode a video -> (number of frames, None or what is wrong)."""
+        try:
+            return try_video(row)
+        except OSError as error:  # one video's name or place must not stop the others
+            if error.errno == errno.ENOSPC:
+                raise
+            return 0, str(error)
+
+    def try_video(row):
         path = videos[row].path
+        final = frames_dir / path
         key = file_key(path)
         if not can_be_listed(path):
             return 0, "no list line can hold this path: rename the file"
@@ -987,11 +1046,18 @@ def extract_videos(videos, files, frames_dir, split, workers, pack, listed):
             return 0, (f"{other} names this path too: if it is another video, extract from a "
                        "folder whose sub-folder has another name; if one video belongs in both "
                        "lists, copy its line")
+        count = current_frames(final, files.get(key))
+        if count > 0:
+            kept.append(path)
+            return count, None
+        if key not in files and path in unlistable:
+            return 0, "no list line can hold the name of this file: rename it"
+        if key not in files:
+            return 0, "no such video"
         if path in folders and not pack:
             return 0, "a folder of this name holds videos too: rename the file or the folder"
-        return extract_video(files.get(key), frames_dir / path, temporary / str(row), pack)
+        return extract_video(files[key], final, temporary / str(row), pack)
 
-    started = time.time()
     extracted = []
     failed = []
     progress = Progress("videos", len(videos))
@@ -1008,7 +1074,6 @@ def extract_videos(videos, files, frames_dir, split, workers, pack, listed):
         pool.shutdown(cancel_futures=True)
         shutil.rmtree(temporary, ignore_errors=True)
 
-    kept = [video for video in extracted if frames_time(frames_dir / video.path) < started]
     if kept:
         print(f"{len(kept)} of {len(videos)} videos were extracted earlier; their frames are kept",
               file=sys.stderr)
@@ -1016,49 +1081,57 @@ def extract_videos(videos, files, frames_dir, split, workers, pack, listed):
 
 
 def extract_video(file, final, folder, pack):
-    """Decode one video into the folder `final`, or with pack its zip, unless its frames are there
-    and not older than the file, as in make -> (number of frames, None or the problem). folder: a
-    temporary place for the frames."""
+    """Decode one video into the folder `final`, or with pack its zip -> (number of frames, None or
+    the problem). folder: a temporary place for the frames."""
+    folder.mkdir()
+    count, message = decode_video(file, folder)
+    if count == 0:
+        return 0, message
+    if message:
+        print(f"{file}: {count} frames kept; {message}", file=sys.stderr)
     try:
-        count = count_frames(final)
-        if count > 0 and (file is None or frames_time(final) >= os.path.getmtime(file)):
-            return count, None
-        if file is None:
-            return 0, "no such video"
-
-        folder.mkdir()
-        count, message = decode_video(file, folder)
-        if count == 0:
-            return 0, message
-        if message:
-            print(f"{file}: {count} frames kept; {message}", file=sys.stderr)
         put_frames(folder, final, pack)
-        return count, None
-    except OSError as error:  # one video's name or place must not stop the others
-        if error.errno == errno.ENOSPC:
+    except OSError:
+        count = current_frames(final, file)  # another extraction may have put its frames there
+        if count == 0:
             raise
-        return 0, str(error)
+    return count, None
 
 
-def frames_time(folder):
-    """When the frames of a video, in their folder or zip, were written."""
-    return os.path.getmtime(packed_file(folder) or Path(folder, FRAME.format(1)))
+def current_frames(final, file):
+    """The number of a video's frames, in their folder or zip; 0 if they are missing, or older than
+    the video file, as in make."""
+    count = count_frames(final)
+    if count == 0 or file is None or not file.exists():  # a link may lead nowhere
+        return count
+    try:
+        written = os.path.getmtime(packed_file(final) or final / FRAME.format(1))
+    except FileNotFoundError:  # another extraction is replacing them
+        return 0
+    if written < os.path.getmtime(file):
+        return 0
+    return count
 
 
 def put_frames(folder, final, pack):
-    """Give a folder of new frames, or with pack their zip, its name. Older frames make place."""
-    if final.is_dir() and any(entry.is_dir() for entry in os.scandir(final)):
-        raise OSError(f"{final} holds other videos too: rename the file or the folder")
-    target = final
-    if pack:
-        folder = pack_folder(folder)
-        target = Path(f"{final}.zip")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """Give a folder of new frames, or with pack their zip, its name. Older frames make way."""
+    has_frames = (final / FRAME.format(1)).exists()
+    if final.is_dir() and (has_frames or not pack):
+        if any(entry.is_dir() or entry.name.endswith(".zip") for entry in os.scandir(final)):
+            raise OSError(f"{final} holds other videos too: rename the file or the folder")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    packed = Path(f"{final}.zip")
+    older = Path(f"{folder}.old")  # goes with the temporary folder
 
-    for older in (final, Path(f"{final}.zip")):
-        if older.exists():
-            os.replace(older, f"{folder}.old{older.suffix}")  # goes with the temporary folder
-    os.replace(folder, target)
+    if pack:
+        os.replace(pack_folder(folder), packed)
+    if has_frames or (final.is_dir() and not pack):
+        with contextlib.suppress(FileNotFoundError):  # another extraction may do the same
+            os.replace(final, older)
+    if not pack:
+        os.replace(folder, final)
+        if packed.is_file():
+            packed.unlink(missing_ok=True)
 
 
 def decode_video(file, folder, progress=False):
@@ -1184,19 +1257,26 @@ def read_labels(list_path, format, out, listed):
     if file.exists():
         known = read_categories(out)
         num_classes = len(known)
-    videos = read_list(list_path, format, num_classes)
+    by_key = {}  # a path in both of Unicode's forms is one video
+    for video in read_list(list_path, format, num_classes):
+        key = file_key(video.path)
+        if key in by_key:
+            video = merge(by_key[key], video)
+        by_key[key] = video
+    videos = list(by_key.values())
     num_lines = len(numbered_lines(read_text(list_path)))
     if num_lines > len(videos):
         print(f"{list_path}: {describe_lines(num_lines, len(videos))}", file=sys.stderr)
 
     names = set()
-    for row, video in enumerate(videos):
-        if any(isinstance(label, str) for label in video.labels):
-            labels = [unicodedata.normalize("NFC", str(label)) for label in video.labels]
-            videos[row] = video._replace(labels=labels)
-            names.update(labels)
+    for video in videos:
+        names.update(label for label in video.labels if isinstance(label, str))
     if not names:
         return videos, known
+    for other, video in listed.values():
+        if known is None and video.labels:
+            raise ValueError(f"{file}: missing, but the ids in {other} belong to it; restore it, "
+                             "or name another --out")
 
     # class names -> ids
     categories = known or sorted(names)
@@ -1209,54 +1289,57 @@ def read_labels(list_path, format, out, listed):
             if looks_joined(label) and label not in (known or []):
                 raise ValueError(f"{list_path}:{video.line}: {label!r} looks like several labels; "
                                  "write each in a field of its own (name.mp4,run,jump), or, if it "
-                                 f"is the name of one class, write that into {file} first")
+                                 f"is one class, write the names of all classes into {file} "
+                                 "first")
             if label not in ids:
                 raise ValueError(f"{list_path}:{video.line}: the class {label!r} is not in {file}; "
                                  "if it is a new class, append its name there")
         videos[row] = video._replace(labels=[ids[label] for label in video.labels])
-    for other, video in listed.values():
-        if known is None and video.labels:
-            raise ValueError(f"{file}: missing, but the ids in {other} belong to it; restore it, "
-                             "or name another --out")
     return videos, categories
 
 
 def looks_joined(label):
     """Whether a class name is probably several: run|jump, "run, jump", ['run', 'jump']."""
-    return any(sign in label for sign in "|;,") or re.match(r"[\[({]\s*['\"]", label) is not None
+    return re.search(r"""[|;,\t"]|^[\[({]\s*'""", label) is not None
 
 
 def write_list(path, videos):
     """Write a list. If it takes the place of one with other lines, say so."""
     lines = [list_line(video) for video in videos]
+    before = []
     if path.exists():
-        try:
-            before = {video.path for video in read_list(path, "ours")}
-        except ValueError:
-            before = set()
-        if read_text(path).splitlines() != lines:
-            gone = before - {video.path for video in videos}
-            print(f"{path}: replaced; it had {len(before)} videos, {len(gone)} of which are no "
-                  f"longer listed, and has {len(videos)} now", file=sys.stderr)
+        before = path.read_text("utf-8-sig", errors="replace").splitlines()
     write_lines(path, lines)
+    if before and before != lines:
+        paths = {video.path for video in videos}
+        listed = [FORMATS["ours"][1].fullmatch(line.strip()) for line in before]
+        gone = [match["path"] for match in listed if match and match["path"] not in paths]
+        print(f"{path}: replaced; it had {len(before)} lines, the paths of {len(gone)} are no "
+              f"longer listed, and it has {len(lines)} now", file=sys.stderr)
 
 
 def print_classes(categories, lists):
     """After an extraction: the number of classes and labels, the most and the least frequent class,
     and classes that one side of --val lacks, so that a mistake in a list is seen.
-    lists: {name: its Videos}."""
-    if categories is None:
-        return
+    lists: {name: its Videos}. categories None: only ids are known."""
     counts = {}
     for name, videos in lists.items():
-        labels = [label for video in videos for label in video.labels]
-        counts[name] = np.bincount(np.array(labels, int), minlength=len(categories))
-    total = sum(counts.values())
-    num_videos = sum(len(videos) for videos in lists.values())
-    print(f"{len(categories)} classes, {total.sum() / max(num_videos, 1):.2f} labels a video; "
-          f"{describe_extremes(categories, total)}")
+        counts[name] = collections.Counter()
+        for video in videos:
+            counts[name].update(video.labels)
+    total = sum(counts.values(), collections.Counter())
+    if not total:
+        return
+    if categories is None:
+        names = {label: str(label) for label in sorted(total)}
+    else:
+        names = dict(enumerate(categories))
+
+    mean_labels = total.total() / sum(map(len, lists.values()))
+    extremes = describe_extremes(list(names.values()), np.array([total[label] for label in names]))
+    print(f"{len(names)} classes, {mean_labels:.2f} labels a video; {extremes}")
     for name, count in counts.items():
-        absent = [categories[k] for k in np.flatnonzero((count == 0) & (total > 0))]
+        absent = [names[label] for label in sorted(total) if label not in count]
         if absent:
             print(f"{name}.txt has no video of these classes: {', '.join(absent)}")
 
@@ -1350,7 +1433,7 @@ def replacing(path):
     """A temporary name beside `path` for a new file or folder, which takes the name `path` when the
     block ends well. When it does not, it is removed, and nothing is left half-written."""
     path = Path(path)
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    part = path.with_name(f"{path.name}.part-{own_name()}")
     try:
         yield part
         try:
@@ -1367,12 +1450,20 @@ def replacing(path):
             part.unlink(missing_ok=True)
 
 
+def own_name():
+    """The process's number, and four random bytes: in containers the number is always the same."""
+    return f"{os.getpid()}-{os.urandom(4).hex()}"
+
+
 def remove_leftovers(folder, pattern):
     """Remove temporary files and folders of runs that were killed. Those of runs that are at work,
     perhaps on another machine, are younger than an hour."""
     for part in folder.glob(pattern):
         with contextlib.suppress(OSError):  # another process may remove it too
-            if time.time() - part.stat().st_mtime < 3600:
+            # a folder is changed by each new file in it, but not by files further down
+            changes = [part.stat().st_mtime]
+            changes += [os.path.getmtime(folder) for folder, _, _ in os.walk(part)]
+            if time.time() - max(changes) < 3600:
                 continue
             if part.is_dir():
                 shutil.rmtree(part, ignore_errors=True)

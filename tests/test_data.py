@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tracemalloc
 import zipfile
 import zlib
@@ -380,8 +381,8 @@ def test_a_spawned_worker_gets_arrays(long_list):
 
 # ---- the training clips ----------------------------------------------------------------------
 
-def train_clips(folder, seed=4):
-    return data.TrainClips(data.VideoList(folder, "train"), RECIPE, seed)
+def train_clips(folder):
+    return data.TrainClips(data.VideoList(folder, "train"), RECIPE, seed=4)
 
 
 def pack(frames_dir):
@@ -940,6 +941,320 @@ def test_val_writes_two_lists(out, extract):
     videos, failed = extract({f"{name} 1.mp4": "" for name in "pqrs"}, val=0.25)
     assert videos == "p 1 2 -1\nq 1 2 -1\ns 1 2 -1\n"
     assert (out / "val.txt").read_text() == "r 1 2 -1\n"  # its hash is the smallest
+
+
+# ---- extraction: what people bring -----------------------------------------------------------
+
+def extract_list(extract, tmp_path, text, split="train", **options):
+    """Extract a csv with this text. Its videos a, b, c ... are there."""
+    listing = write(tmp_path / "list.csv", text)
+    return extract({f"{name}.mp4": "" for name in "abcd"}, split, list_path=listing, **options)
+
+
+@pytest.mark.parametrize("field, label", [
+    ("run|jump", "run|jump"), ("run;jump", "run;jump"), ('"run, jump"', "run, jump"),
+    ("c092 11.90 21.20;c147 0.00 12.60", "c092 11.90 21.20;c147 0.00 12.60"),  # Charades
+    ("\"['run', 'jump']\"", "['run', 'jump']"), ("['run']", "['run']"), ("run\tjump", "run\tjump"),
+    ('"[""run"", ""jump""]"', '["run", "jump"]'),
+])
+def test_joined_labels_are_no_class(tmp_path, out, extract, field, label):
+    """Unless categories.txt names them."""
+    with pytest.raises(ValueError, match="list.csv:2: .* looks like several labels; write each in "
+                                         "a field of its own .*, or, if it is one class, .* first"):
+        extract_list(extract, tmp_path, f"a.mp4,run\nb.mp4,{field}\n")
+    assert not out.exists()
+    write(out / "categories.txt", f"run\n{label}\n")
+    videos, _ = extract_list(extract, tmp_path, f"a.mp4,run\nb.mp4,{field}\n")
+    assert videos == "a 2 0\nb 2 1\n"
+
+
+def test_a_class_name_may_hold_brackets(tmp_path, out, extract):
+    extract_list(extract, tmp_path, "a.mp4,run+jump,[run],eat/feed (one's cat)\n")
+    assert (out / "categories.txt").read_text() == "[run]\neat/feed (one's cat)\nrun+jump\n"
+
+
+def test_both_unicode_forms_of_a_class_are_one(tmp_path, out, extract):
+    nfc, nfd = normalize("NFC", "é"), normalize("NFD", "é")
+    text = f"a.mp4,{nfc}\na.mp4,{nfd},x\nb.mp4,{nfd}\n{nfc}.mp4,x\n{nfd}.mp4,y\n"
+    write(tmp_path / "videos" / f"{nfd}.mp4", "")
+    videos, _ = extract_list(extract, tmp_path, text)
+    assert videos == f"a 2 2,0\nb 2 2\n{nfc} 2 0,1\n"
+    assert (out / "categories.txt").read_text() == f"x\ny\n{nfc}\n"
+
+
+@pytest.mark.parametrize("text, line", [
+    # a column that is no label
+    ("a.mp4,run,train\nb.mp4,jump,train\nc.mp4,run,train\n",
+     "3 classes, 2.00 labels a video; most videos: train (3), fewest: jump (1)"),
+    ("a.mp4,90,3\nb.mp4,90,5\n", "3 classes, 2.00 labels a video; most videos: 90 (2), fewest: 3"),
+])
+def test_the_classes_are_counted_for_the_user(tmp_path, extract, capsys, text, line):
+    extract_list(extract, tmp_path, text)
+    assert line in capsys.readouterr().out
+
+
+def test_val_says_which_classes_one_side_lacks(tmp_path, extract, capsys):
+    text = "a.mp4,run,swim\nb.mp4,run,jump\nc.mp4,run\nd.mp4,run\n"
+    extract_list(extract, tmp_path, text, val=0.5)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == ["train.txt has no video of these classes: jump",
+                         "val.txt has no video of these classes: swim"]
+
+
+def test_a_path_of_another_list_fails(tmp_path, out, extract):
+    """It may be another video of the same name, whose frames would be those of the first."""
+    write(out / "notes.txt", "no list\n")
+    write(out / "old_failed.txt", "b 2 0\n")
+    write(out / "labels.txt", "b 2 0\n")  # the list that is read
+    assert extract({"a.mp4": ""}) == ("a 2 -1\n", "")
+    write(tmp_path / "videos" / "b.mp4", "")
+    write(out / "labels.txt", "a 2 0\nb 2 0\n")
+    videos, failed = extract({}, "val", list_path=out / "labels.txt", format="ours")
+    assert videos == "b 2 0\n"
+    assert failed.startswith(f"a\t{out / 'train.txt'} names this path too: ")
+    assert "folder whose sub-folder has another name" in failed
+    assert "copy its line" in failed
+
+
+@pytest.mark.parametrize("now_packed", [False, True])
+@pytest.mark.parametrize("once_packed", [False, True])
+def test_frames_older_than_their_video_are_decoded_again(
+        tmp_path, out, extract, capsys, once_packed, now_packed):
+    folder = write_frames(out / "frames" / "x" / "a", noise(0, 3, 4, 4, 3))
+    if once_packed:
+        pack(out / "frames")
+    old = contents(out / "frames")
+    for file in out.rglob("*.*"):
+        os.utime(file, (1000, 1000))
+
+    # the old ones stay until the new ones are whole
+    videos, failed = extract({"x/a.mp4": "get killed", "b.mp4": ""}, pack=now_packed)
+    assert videos == "b 2 -1\n"
+    assert contents(out / "frames").items() >= old.items()
+
+    videos, _ = extract({"x/a.mp4": ""}, pack=now_packed)
+    assert videos == "b 2 -1\nx/a 2 -1\n"
+    assert "1 of 2 videos were extracted earlier; their frames are kept" in capsys.readouterr().err
+    assert len(os.listdir(folder.parent)) == 1
+    assert folder.exists() != now_packed
+
+
+def test_the_same_command_again_decodes_nothing(tmp_path, out, extract, capsys):
+    extract_list(extract, tmp_path, "a.mp4,x\nb.mp4,y\n", val=0.5)
+    before = contents(out)
+    capsys.readouterr()
+    videos = tmp_path / "videos"
+    shutil.rmtree(tmp_path / "bin")
+    write(tmp_path / "bin" / "ffmpeg", "#!/bin/false\n").chmod(0o755)
+    data.extract(videos, out, list_path=tmp_path / "list.csv", val=0.5)
+    assert contents(out) == before
+    err = capsys.readouterr().err
+    assert "2 of 2 videos were extracted earlier" in err
+    assert "replaced" not in err
+
+
+def test_a_replaced_list_is_said(tmp_path, out, extract, capsys):
+    extract_list(extract, tmp_path, "a.mp4,0\nb.mp4,0\nc.mp4,0\n")
+    extract_list(extract, tmp_path, "a.mp4,0\nd.mp4,0\n")
+    assert (f"{out / 'train.txt'}: replaced; it had 3 lines, the paths of 2 are no longer listed, "
+            "and it has 2 now\n") in capsys.readouterr().err
+    extract_list(extract, tmp_path, "a.mp4,1\nd.mp4,0\n")  # other labels
+    assert "it had 2 lines, the paths of 0 are" in capsys.readouterr().err
+
+
+def test_a_list_stays_if_nothing_was_extracted(tmp_path, out, extract):
+    extract_list(extract, tmp_path, "a.mp4,0\n")
+    videos, failed = extract_list(extract, tmp_path, "typo.mp4,0\n")
+    assert (videos, failed) == ("a 2 0\n", "typo\tno such video\n")
+
+
+def test_a_new_class_is_appended_by_hand(tmp_path, out, extract):
+    extract_list(extract, tmp_path, "a.mp4,run\n")
+    with pytest.raises(ValueError, match="'jump' is not in .*; if it is a new class, append"):
+        extract_list(extract, tmp_path, "b.mp4,jump\n", "val")
+    write(out / "categories.txt", "run\njump\n")
+    assert extract_list(extract, tmp_path, "b.mp4,jump\n", "val") == ("b 2 1\n", "")
+
+
+def test_lost_categories_are_not_written_anew(tmp_path, out, extract):
+    """While another list holds their ids."""
+    extract_list(extract, tmp_path, "a.mp4,run\n")
+    (out / "categories.txt").unlink()
+    before = contents(out)
+    with pytest.raises(ValueError, match="categories.txt: missing, but the ids in .*train.txt"):
+        extract_list(extract, tmp_path, "b.mp4,jump\n", "val")
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("lines, names", [
+    ("id,name\n1,b\n0,a\n", "a b"),
+    ("0,a\n1,b\n", "a b"),
+    ("class_id;class_name\n0;a\n1;b\n", "a b"),
+    ('"id","name"\n"0","a"\n"1","b"\n', "a b"),
+    ("1 b\n0 a\n", "a b"),
+    ("a\t0\nb\t1\n", "a b"),
+    ("0: a\n1: b\n", "a b"),
+    ("a|0\nb|1\n", "a b"),
+    ("0 phase 1\n1 phase 2\n", "phase.1 phase.2"),
+    ("phase 1,0\nphase 2,1\n", "phase.1 phase.2"),
+    # the numbers belong to the names
+    ("phase 1\nphase 2\n", "phase.1 phase.2"),
+    ("0\n1\n", "0 1"),
+    ("phase 1\nphase 2\nother\n", "phase.1 phase.2 other"),
+])
+def test_the_forms_of_categories(tmp_path, lines, names):
+    write(tmp_path / "categories.txt", lines)
+    assert data.read_categories(tmp_path) == [name.replace(".", " ") for name in names.split()]
+
+
+@pytest.mark.parametrize("lines, reason", [
+    ("1 a\n2 b\n", "the ids begin at 1; subtract 1, here and in the lists: 0 to 1; if the numbers "
+                   "belong to the names, write name,id"),  # Kinetics
+    ("id,name\n0,a\n5,b\n", "the ids must be 0 to 1, each once, but they are 0 to 5; if the"),
+    ("a,0\nb,0\n", "the ids must be 0 to 1"),
+    ("a,0\nb,1\nc\n", "'c' has no id, but other lines have one; write name,id in every line"),
+    ("name\na\nb\n", "'name' looks like a line of column titles; remove it, or"),
+])
+def test_unclear_categories_are_refused(tmp_path, lines, reason):
+    file = write(tmp_path / "categories.txt", lines)
+    with pytest.raises(ValueError) as error:
+        data.read_categories(tmp_path)
+    assert str(error.value).startswith(f"{file}: ")
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("names", [
+    "take 1,shot 0", "phase 1", "a 0,b 1", "0 a,1 b", "class id,x", "name", "a:0,b:1", "1st,2nd"])
+def test_extracted_categories_read_back_as_written(tmp_path, out, extract, names):
+    extract_list(extract, tmp_path, f"a.mp4,{names}\n")
+    assert data.read_categories(out) == sorted(names.split(","))
+
+
+def test_backslashes_of_a_list_are_slashes(tmp_path, extract):
+    listing = write(tmp_path / "list.csv", "run\\a.mp4,run\n.\\run\\b.mp4,run\n")
+    videos, _ = extract({"run/a.mp4": "", "run/b.mp4": ""}, list_path=listing)
+    assert videos == "run/a 2 0\nrun/b 2 0\n"
+
+
+@pytest.mark.skipif(os.sep == "\\", reason="no file name holds a backslash there")
+def test_a_backslash_in_a_file_name_fits_no_line(tmp_path, extract):
+    assert extract({"run\\a.mp4": "", "b.mp4": ""}) == (
+        "b 2 -1\n", "run\\a\tno list line can hold this path: rename the file\n")
+    _, failed = extract_list(extract, tmp_path, "run\\a.mp4,run\nb.mp4,run\n")
+    assert failed == "run/a\tno list line can hold the name of this file: rename it\n"
+
+
+def test_a_video_beside_a_folder_of_its_name(out, extract):
+    files = {"talk.mp4": "", "talk/part.mp4": ""}
+    assert extract(files) == (
+        "talk/part 2 -1\n",
+        "talk\ta folder of this name holds videos too: rename the file or the folder\n")
+    shutil.rmtree(out)
+    assert extract(files, pack=True) == ("talk 2 -1\ntalk/part 2 -1\n", "")
+    os.utime(out / "frames" / "talk.zip", (1000, 1000))  # talk is decoded again
+    assert extract(files, pack=True) == ("talk 2 -1\ntalk/part 2 -1\n", "")
+    assert extract({}) == ("talk 2 -1\ntalk/part 2 -1\n", "")  # they are there
+    assert sorted(contents(out / "frames")) == ["talk.zip", "talk/part.zip"]
+
+
+def while_decoding(monkeypatch, action):
+    """Call `action` once, while the first video is decoded."""
+    actions = [action]
+    decode_video = data.decode_video
+
+    def decode(*arguments):
+        while actions:
+            actions.pop()()
+        return decode_video(*arguments)
+
+    monkeypatch.setattr(data, "decode_video", decode)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_same_split_may_be_extracted_twice_at_once(out, extract, monkeypatch, packed):
+    results = []
+    while_decoding(monkeypatch, lambda: results.append(extract({}, pack=packed)))
+    results.append(extract({"a.mp4": "", "b.mp4": ""}, pack=packed))
+    assert results == [("a 2 -1\nb 2 -1\n", "")] * 2
+    assert len(os.listdir(out / "frames")) == 2
+
+
+def test_another_split_extracted_meanwhile_must_agree(tmp_path, out, extract, monkeypatch):
+    def extract_val():
+        extract_list(extract, tmp_path, "b.mp4,run\n", "val")
+
+    while_decoding(monkeypatch, extract_val)
+    with pytest.raises(ValueError, match="categories.txt: another command has written it mean"):
+        extract_list(extract, tmp_path, "a.mp4,jump\n")
+    assert not (out / "train.txt").exists()
+
+    while_decoding(monkeypatch, lambda: extract({}, "test"))
+    with pytest.raises(ValueError, match="test.txt: another command .* names a too; run this one"):
+        extract({})
+
+
+def test_a_toy_drawn_twice_at_once_is_one(tmp_path, toy, monkeypatch):
+    write_lines = data.write_lines
+
+    def draw_another(*arguments):
+        monkeypatch.setattr(data, "write_lines", write_lines)
+        data.draw_toy(tmp_path / "toy", videos=16, seed=3)
+        write_lines(*arguments)
+
+    monkeypatch.setattr(data, "write_lines", draw_another)
+    with pytest.raises(OSError, match="toy: another process has made it meanwhile"):
+        data.draw_toy(tmp_path / "toy", videos=8)
+    assert os.listdir(tmp_path) == ["toy"]
+    assert contents(tmp_path / "toy") == contents(toy)
+
+
+def test_only_old_leftovers_are_removed(tmp_path, out, extract):
+    """Others may belong to a run that is at work. Neither stops the next run."""
+    def leave(path, age):
+        write(path / "x" / "y" / "img_00001.jpg", "")
+        for folder in (path / "x" / "y", path / "x", path):
+            os.utime(folder, (time.time() - age, time.time() - age))
+        return path
+
+    frames = out / "frames"
+    young = leave(frames / f".part-train-{os.getpid()}", 3000)
+    busy = leave(frames / ".part-train-1", 4000)
+    write(busy / "x" / "y" / "img_00002.jpg", "")
+    old = leave(frames / ".part-train-2", 4000)
+    toys = [leave(tmp_path / f"toy.part-{os.getpid()}", 3000), leave(tmp_path / "toy.part-1", 4000)]
+    assert extract({"a.mp4": ""}) == ("a 2 -1\n", "")
+    data.draw_toy(tmp_path / "toy", videos=8)
+    assert [path.exists() for path in (young, busy, old, *toys)] == [True, True, False, True, False]
+
+
+def test_help_says_how_to_split_the_clips_of_one_film(capsys):
+    assert call("data", "extract", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Clips cut from one film may fall on both sides: for these write two lists" in text
+
+
+@needs_ffmpeg
+def test_a_video_may_change_its_size_and_pixel_format(tmp_path):
+    first = film(tmp_path / "a.ts", 30, "64x48", options=["-c:v", "mpeg2video"])
+    second = film(tmp_path / "b.ts", 30, "128x64",
+                  options=["-c:v", "mpeg2video", "-pix_fmt", "yuv422p"])
+    joined = write(tmp_path / "joined.ts", first.read_bytes() + second.read_bytes())
+    (tmp_path / "frames").mkdir()
+    assert data.decode_video(joined, tmp_path / "frames")[0] == 60
+    assert data.read_frames(tmp_path / "frames", range(60)).shape == (60, 320, 426, 3)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("matrix", ["bt709", "smpte170m"])  # HD, and BT.601
+def test_colours_are_those_of_the_video(tmp_path, matrix):
+    scale = {"bt709": "bt709", "smpte170m": "bt601"}[matrix]
+    ffmpeg("-f", "lavfi", "-i", "color=c=0xC83C28:size=64x48:rate=30", "-frames:v", 2,
+           "-vf", f"scale=out_color_matrix={scale}", "-pix_fmt", "yuv420p", "-c:v", "mpeg2video",
+           "-q:v", 1, "-colorspace", matrix, tmp_path / "red.mkv")
+    (tmp_path / "frames").mkdir()
+    data.decode_video(tmp_path / "red.mkv", tmp_path / "frames")
+    colour = data.read_frames(tmp_path / "frames", [0]).float().mean((0, 1, 2))
+    assert abs(colour - torch.tensor([200, 60, 40])).max() <= 4
 
 
 # ---- check -----------------------------------------------------------------------------------
