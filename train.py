@@ -21,11 +21,13 @@ value. "ours" means that it does not: after "ours" stands whom we follow instead
 authors' code" is X-Temporal, which the report's authors published.
 """
 import argparse
+import contextlib
 import datetime
 import json
 import math
 import os
 import time
+import weakref
 from pathlib import Path
 
 # Make idle CPU threads sleep; their busy-waiting makes training on a busy laptop several times
@@ -155,8 +157,8 @@ def step_seed(seed, step, rank):
 
 
 def load_clips(videos, args, start, total, rank, world, device):
-    """One iterator over all batches of this process, from step `start` to the end of the run: random
-    clips, uint8 (B, T, H, W, 3), and their labels, float32 (B, K)."""
+    """One iterator over all batches of this process, from step `start` to the end of the run:
+    random clips, uint8 (B, T, H, W, 3), and their labels, float32 (B, K)."""
     clips = data.TrainClips(videos, args.recipe, args.seed)
     if args.skip_broken:
         clips = data.SkipBroken(clips)
@@ -510,10 +512,9 @@ def save(path, model, optimizer, scaler, epoch, step, run):
 def find_checkpoint(last, resume, config):
     """What last.pt holds, or None if it is not there. ValueError if a run is there that was not
     asked for, or if it is another run than this one."""
-    for file in (last, last.with_name("log.jsonl")):
-        if file.exists() and not resume:
-            raise ValueError(f"{file}: a run is there already; continue it with --resume, or name "
-                             "another --out")
+    if last.exists() and not resume:
+        raise ValueError(f"{last}: a run is there already; continue it with --resume, or name "
+                         "another --out")
     if not last.exists():
         best = last.with_name("best.pt")
         if best.exists():
@@ -569,9 +570,8 @@ def resume(checkpoint, model, optimizer, scaler):
 class Log:
     """OUT/log.jsonl: each line is a dict as JSON.
 
-    The first line of a new run creates the file, before anything is saved, and fails if another run
-    has created it meanwhile. So two runs cannot share a folder, and a run that ends before its
-    first line leaves no file behind.
+    A new run creates the file before its first step, and fails if it is there already, so that two
+    runs cannot share a folder. A run that ends before its first line leaves no file behind.
     """
 
     def __init__(self, out, resume, step, validated):
@@ -579,15 +579,18 @@ class Log:
         checkpoint."""
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "log.jsonl"
-        self.mode = "x"  # create it
+        if not (resume and self.path.exists()):
+            try:
+                open(self.path, "x").close()
+            except FileExistsError:
+                raise ValueError(f"{self.path}: a run is there already; continue it with --resume, "
+                                 "or name another --out") from None
+        weakref.finalize(self, remove_empty, self.path)  # when the run ends, however it does
         if not resume:
             return
+
         for part in out.glob("*.part-*"):  # left by a run that was killed
             part.unlink()
-        if not self.path.exists():
-            return
-
-        self.mode = "a"  # append to it
         kept = []
         for text in self.path.read_text(encoding="utf-8").splitlines():
             if not text.endswith("}"):  # a kill cut it off
@@ -601,13 +604,14 @@ class Log:
         data.write_lines(self.path, kept)
 
     def append(self, line):
-        try:
-            with open(self.path, self.mode, encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except FileExistsError:
-            raise ValueError(f"{self.path}: another run has begun there meanwhile; name another "
-                             "--out") from None
-        self.mode = "a"
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def remove_empty(path):
+    with contextlib.suppress(OSError):
+        if path.stat().st_size == 0:
+            path.unlink()
 
 
 class Meter:
@@ -738,7 +742,7 @@ def print_plan(args, device, world, model, videos, val_videos, steps_per_epoch, 
               f"{recipe['lr']})")
     warmup = recipe["warmup"] * reference / batch
     if warmup > 0:
-        print(f"warm-up {warmup:g} steps, {100 * warmup / total:.0f} % of the run")
+        print(f"warm-up {warmup:,.0f} steps, {100 * warmup / total:,.0f} % of the run")
     if "test_resize" in args.given and "scales" not in args.given:
         print(f"the scales of the fuller protocols follow test_resize: {recipe['scales']}")
     for note in odd_settings(args, videos, val_videos, steps_per_epoch, total):
@@ -757,8 +761,9 @@ def odd_settings(args, videos, val_videos, steps_per_epoch, total):
                      "--init FILE")
     warmup = recipe["warmup"] * recipe["reference_batch"] / recipe["batch"]
     if warmup >= total / 5:
-        notes.append(f"warning: the warm-up's {warmup:g} steps are much of a run of {total}; "
-                     "shorten it with --warmup (steps at reference_batch)")
+        notes.append(f"warning: the warm-up's {warmup:,.0f} steps are much of a run of {total}; "
+                     "shorten it with --warmup, of which 1 is "
+                     f"{recipe['reference_batch'] / recipe['batch']:g} steps at this batch")
     late = [m for m in recipe["milestones"] if m * steps_per_epoch >= total]
     if recipe["schedule"] == "step" and late:
         notes.append(f"warning: the run ends before the milestones {late}, so the learning rate "
@@ -766,13 +771,13 @@ def odd_settings(args, videos, val_videos, steps_per_epoch, total):
 
     absent = [videos.categories[k] for k in np.flatnonzero(videos.class_counts == 0)]
     if recipe["class_weight"] != "none" and absent:
-        notes.append(f"warning: {len(absent)} classes have no training video "
-                     f"({', '.join(absent[:5])}); in the loss they weigh as much as the rarest "
-                     "class that has one")
+        notes.append(f"warning: {len(absent)} classes, such as {absent[0]}, have no training "
+                     "video; in the loss they weigh as much as the rarest class that has one")
     shared = set(val_videos.paths).intersection(videos.paths)
     if shared:
-        notes.append(f"warning: {val_videos.file} and {videos.file} both name {len(shared)} "
-                     f"videos, such as {min(shared)}: the mAP on validation is too high")
+        notes.append(f"warning: {len(shared)} of {len(val_videos)} videos of {val_videos.file}, "
+                     f"such as {min(shared)}, are in {videos.file} too: the mAP on validation is "
+                     "too high")
     if hasattr(args.module, "check"):
         notes += args.module.check(recipe, args.given)
     return notes
@@ -787,9 +792,9 @@ def parse_arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="train.py --model NAME [--data DATA] [--FLAG VALUE ...]; see --help",
         add_help=False, allow_abbrev=False,
-        epilog="--model NAME --help shows the flags of the recipe's values too. --class-weight "
-               "ratio: in the loss a class weighs its number of training videos, divided by the "
-               "mean number; sqrt: the root of this. So frequent classes weigh more.")
+        epilog="--model NAME --help shows the flags of the recipe's values too.\n"
+               "--class-weight ratio: in the loss a class weighs its number of training videos,\n"
+               "divided by the mean number; sqrt: its root. So frequent classes weigh more.")
     add = parser.add_argument
     add("--model", metavar="NAME", help="a model file beside this script, such as tin")
     add("--recipe", metavar="ROW", dest="row",

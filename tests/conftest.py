@@ -31,6 +31,8 @@ TINY = '''"""A tiny network, to test the scripts."""
 import torch
 import torch.nn as nn
 
+import data
+
 
 class Tiny(nn.Module):
     """clip (B, T, 3, H, W) -> logits (B, K)."""
@@ -53,8 +55,10 @@ def build(recipe, num_classes):
     return Tiny(num_classes, recipe["frames"], recipe["norm"], recipe["dropout"])
 
 
+ROW = dict(frames=4, norm=True, dropout=0.5, lr=0.2, epochs=6, batch=8, reference_batch=8)
 RECIPES = {
-    "toy": dict(frames=4, norm=True, dropout=0.5, lr=0.2, epochs=6, batch=8, reference_batch=8),
+    "small": {**data.TOY, **ROW},  # the same for --data
+    "toy": ROW,
 }
 '''
 

@@ -61,6 +61,7 @@ TABLE = [  # (command, words of the line)
     ("train --model tsn --data gone", "gone/train.txt: missing; python data.py extract --out gone"),
     ("train --model tsn --data no-val", "no-val/val.txt: missing; python data.py extract --out no"),
     ("train --model tsn --data unlabelled", "unlabelled/val.txt: no video has a label"),
+    ("train --model tsn --data no-labels", "no-labels/train.txt: no video has a label"),
     ("train --model tsn --data lost --recipe toy --batch 1 --workers 0 --out begun",
      "lost/train.txt:1: lost/frames/train/gone/img_"),
     ("train --model tsn --loss ce", "runs/toy/train.txt:1: 2 labels; --loss ce needs exactly one"),
@@ -109,6 +110,12 @@ TABLE = [  # (command, words of the line)
      "run/last.pt: was trained on another list, of 16 videos; the list here has 17; to start a"),
     ("train --model tsn --out run --resume --data reordered --recipe toy",
      "another list, of 16 videos; the list here has 16; to start a new"),
+    ("train --model tsn --out run --resume --data shorter-val --recipe toy",
+     "run/last.pt: was validated on another val.txt, of 4 videos; the list here has 1, so its best "
+     "mAP would not compare; to start a new run from its weights: --init run/last.pt --out NEW"),
+    ("train --model tsn --out log", "log/log.jsonl: a run is there already; continue it with --re"),
+    ("train --model tsn --out best", "best/best.pt: is there, but no last.pt to go on from; name "),
+    ("train --model tsn --out best --resume", "best/best.pt: is there, but no last.pt to go on"),
     ("train --model tsn --out run --resume --data swapped --recipe toy",
      "class 0 is 'moving+left' in this data folder, but 'moving+right' in run/last.pt"),
 
@@ -155,7 +162,7 @@ TABLE = [  # (command, words of the line)
     ("ensemble val.npz unlabelled.npz", "only one of val.npz and unlabelled.npz has labels"),
     ("ensemble val.npz fewer.npz", "fewer.npz: 9 classes, but val.npz has 10"),
     ("ensemble val.npz --weights 1 2", "--weights: 2 numbers for 1 files"),
-    ("ensemble val.npz --weights -1", "--weights [-1.0]: numbers from 0 up, not all 0"),
+    ("ensemble val.npz --weights -1", "--weights [-1.0]: must be non-negative and not all 0"),
     ("ensemble val.npz --weights 1 --fit", "not allowed with argument --weights"),
     ("ensemble unlabelled.npz --fit", "--fit: unlabelled.npz has no labels to fit to"),
     ("ensemble val.npz --out gone/a.npz", "gone/a.npz: there is no such folder"),
@@ -180,6 +187,7 @@ def folder(tmp_path_factory):
         os.mkdir(name)
     for path in ("file", "videos/text.mp4", "twins/text.mp4", "twins/text.avi"):
         write(path, "some text\n")
+    write("log/log.jsonl", "")
     write("nothing", "")
     write("bytes", b"\xff\xfe\x00\n")
     write("semicolons.csv", "text.mp4;0\n")
@@ -190,6 +198,7 @@ def folder(tmp_path_factory):
     assert call("train", "--model", "tsn", "--epochs", 1, "--workers", 0, "--out", "run") == 0
     assert call("evaluate", "--checkpoint", "run/best.pt", "--workers", 0, "--out", "val.npz") == 0
     checkpoint = torch.load("run/best.pt", weights_only=True)
+    shutil.copy("run/best.pt", write("best/best.pt", ""))
     torch.save(checkpoint["model"], "plain.pt")
     torch.save(torch.zeros(3), "tensor.pt")
     shutil.copy("run/best.pt", "cut.pt")
@@ -216,6 +225,8 @@ def make_data_folders():
     toy_with("nothing-listed", train="train/00000 0 1\n")  # 0 frames
     toy_with("outside", train="../00000 24 1\n")
     toy_with("unlabelled", val="train/00000 24 -1\n")
+    toy_with("no-labels", train="train/00000 24 -1\n")
+    toy_with("shorter-val", val="val/00016 24 0\n")
     toy_with("lost", train="train/gone 24 0\n", val="train/gone 24 0\n")
     toy_with("longer", train="".join([*lines, "train/again 24 0\n"]))
     toy_with("reordered", train="".join(reversed(lines)))

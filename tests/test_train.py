@@ -84,6 +84,12 @@ def test_class_weights_by_hand():
     close(train.class_weights(counts, "sqrt"), [0.5**0.5, 1, 1.5**0.5])
 
 
+def test_a_class_without_videos_weighs_as_the_rarest():
+    counts = np.array([2, 4, 6, 0])  # 3 on average
+    close(train.class_weights(counts, "ratio"), [2 / 3, 4 / 3, 2, 2 / 3])
+    close(train.class_weights(counts, "sqrt"), [(2 / 3)**0.5, (4 / 3)**0.5, 2**0.5, (2 / 3)**0.5])
+
+
 # ---- losses: golden figures, finite differences, traps
 
 GOLDEN = dict(np.load(ROOT / "tests" / "golden" / "losses.npz"))
@@ -474,11 +480,22 @@ def test_a_run_takes_the_steps_of_its_recipe(straight):
     close_models(weights(straight), trained_by_hand(straight, 1), 1e-3)
 
 
-def test_the_best_epoch_is_the_first_of_equals(folder):
+def test_the_best_epoch_is_the_latest_of_equals(folder):
     """At a learning rate of 0 and without batch norm every epoch scores alike."""
     assert train_tiny("equal", "--lr", 0, "--no-norm", "--epochs", 2) == 0
-    assert read(folder / "equal")["best_epoch"] == 1
-    assert read(folder / "equal", "best.pt")["iteration"] == 4
+    assert read(folder / "equal")["best_epoch"] == 2
+    assert read(folder / "equal", "best.pt")["iteration"] == 8
+
+
+def test_unlabelled_videos_give_two_maps(folder, capsys):
+    """Two of eight videos of the validation list count as AP 0."""
+    change_list("two", "val", lambda lines: [
+        f"{line.split()[0]} 24 -1" if row < 2 else line for row, line in enumerate(lines)])
+    assert train_tiny("two/run", "--data", "two", "--epochs", 1) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"two/val.txt: 8 videos, .*, 2 without a label\n", printed)
+    both = re.search(r"val mAP (.*)  \(2 of 8 videos have no label .* others (.*)\)\n", printed)
+    assert float(both[1]) == pytest.approx(float(both[2]) * 6 / 8, abs=0.01)
 
 
 def test_cross_entropy_trains_on_single_labels(folder, capsys):
@@ -519,6 +536,115 @@ def test_half_precision_may_skip_the_first_step(folder):
     assert last["scaler"]["scale"] < 65536
     for key, value in last["model"].items():
         assert value.isfinite().all(), key
+
+
+# ---- the plan of a run
+
+
+@pytest.fixture
+def plan(folder, monkeypatch, capsys):
+    """A function: flags -> what is printed before the first step. A run has 24 steps."""
+    def print_plan(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--model", "tiny", "--data", "toy", *flags])
+        args = train.parse_arguments()
+        videos, val_videos = [data.VideoList(args.data, split) for split in ("train", "val")]
+        steps = train.count_steps(args.recipe, len(videos))
+        model = args.module.build(args.recipe, len(videos.categories))
+        train.print_plan(args, torch.device("cpu"), 1, model, videos, val_videos, *steps, 0)
+        return capsys.readouterr().out
+    return print_plan
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--warmup 5", "\nwarm-up 5 steps, 21 % of the run\n"),
+    ("--warmup 5", "\nwarning: the warm-up's 5 steps are much of a run of 24; shorten it with --w"),
+    ("--schedule step --milestones 2 6 8", "the milestones [6, 8], so the learning rate does not "),
+    ("--batch 4", "--reference-batch 4 would keep 0.2)\n"),
+    ("--test-resize 72", "\nthe scales of the fuller protocols follow test_resize: [64]\n"),
+    ("--recipe toy", "\ntiny toy: 570 parameters, 10 classes\n"),
+])
+def test_the_plan_says(plan, flags, words):
+    assert words in plan(*flags.split())
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--warmup 4", "warning: the warm-up"),          # a sixth
+    ("--milestones 2 6 8", "the milestones"),        # the schedule is cosine
+    ("--batch 4 --reference-batch 4", "would keep"),
+    ("--test-resize 72 --scales 40", "follow"),
+])
+def test_the_plan_does_not_say(plan, flags, words):
+    assert words not in plan(*flags.split())
+
+
+def test_videos_on_both_sides_are_counted(plan):
+    both = Path("toy", "train.txt").read_text().splitlines()[:3]
+    change_list("shared", "val", lambda lines: lines + both)
+    assert ("warning: 3 of 11 videos of shared/val.txt, such as train/00000, are in "
+            "shared/train.txt too") in plan("--data", "shared")
+
+
+def test_classes_without_videos_are_named(plan):
+    change_list("absent", "categories", lambda names: [*names, "rare"])
+    words = "warning: 1 classes, such as rare, have no training video"
+    assert words in plan("--data", "absent", "--class-weight", "ratio")
+    assert words not in plan("--data", "absent")
+
+
+def test_a_first_row_for_the_toy_is_no_row_for_data(folder, capsys):
+    Path("only_toy.py").write_text("from tiny import ROW, build\nRECIPES = {'toy': ROW}\n")
+    arguments = ["train", "--model", "only_toy", "--data", "toy", "--epochs", 1, "--workers", 0]
+    assert call(*arguments) == 2
+    assert "row for real data before it, or pass --recipe toy" in capsys.readouterr().err
+    assert call(*arguments, "--recipe", "toy") == 0
+
+
+# ---- what a run needs
+
+
+def test_tasks_of_srun_need_torchrun(monkeypatch):
+    """SLURM_NTASKS is also set in a batch script, which starts one process."""
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert evaluate.start_process("cpu")[:2] == (0, 1)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(ValueError, match="torchrun --nnodes N"):
+        evaluate.start_process("cpu")
+    monkeypatch.setenv("RANK", "0")  # torchrun's
+    assert evaluate.start_process("cpu")[:2] == (0, 1)
+
+
+def test_compile_needs_a_compiler(folder, capsys, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert train_tiny("uncompiled", "--compile") == 2
+    assert "--compile: torch.compile needs a C++ compiler" in capsys.readouterr().err
+    assert os.listdir("uncompiled") == []
+
+
+# ---- one run in a folder
+
+
+def test_of_two_runs_in_one_folder_the_second_stops(tmp_path):
+    first = train.Log(tmp_path, False, 0, 0)
+    with pytest.raises(ValueError, match="log.jsonl: a run is there already"):
+        train.Log(tmp_path, False, 0, 0)
+    first.append({"step": 1})
+    assert read_log(tmp_path) == [{"step": 1}]
+
+
+def test_a_run_that_ends_before_its_first_line_leaves_no_log(tmp_path):
+    log = train.Log(tmp_path, False, 0, 0)
+    assert os.listdir(tmp_path) == ["log.jsonl"]
+    del log
+    assert os.listdir(tmp_path) == []
+
+
+def test_resumed_without_a_checkpoint_a_log_begins_anew(tmp_path):
+    data.write_lines(tmp_path / "log.jsonl", ['{"epoch": 1, "step": 20}'])
+    (tmp_path / "last.pt.part-1").touch()  # of a killed run
+    train.Log(tmp_path, True, 0, 0).append({"step": 1})
+    assert read_log(tmp_path) == [{"step": 1}]
+    assert os.listdir(tmp_path) == ["log.jsonl"]
 
 
 # ---- stopped and resumed
@@ -596,6 +722,7 @@ def test_a_run_goes_on_without_its_flags(folder, straight, flags, tolerance, mon
 
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda net: compile(net, backend="eager"))
+    monkeypatch.setenv("CXX", sys.executable)  # which needs no compiler
     monkeypatch.setattr(train, "validate", interrupted)
     assert train_tiny(out, *flags) == 130
     monkeypatch.setattr(train, "validate", validate)
@@ -742,6 +869,7 @@ def test_a_broken_video_is_named_with_its_rank(broken, folder):
     lines = [line for line in run.stderr.splitlines() if line.startswith("[rank 1] train.py: ")]
     assert len(lines) == 1
     assert broken in lines[0]
+    assert os.listdir("broken/two") == []
 
 
 def test_skip_broken_says_so_and_goes_on(broken, capsys):
