@@ -142,10 +142,17 @@ def read_scores(name):
 
 def note_softmax(metas):
     """Say it if some networks were scored by softmax, and others by sigmoid."""
-    losses = {meta["recipe"].get("loss") == "ce" for meta in metas if "recipe" in meta}
-    if len(losses) > 1:
-        print("note: some networks were scored by softmax (--loss ce), others by sigmoid: their "
-              "probabilities differ in size, so equal weights are not equal shares")
+    softmax = set()
+    queue = list(metas)
+    while queue:
+        meta = queue.pop()
+        if isinstance(meta.get("recipe"), dict):  # not in every file of another program
+            softmax.add(meta["recipe"].get("loss") == "ce")
+        if "members" in meta:  # an ensemble
+            queue += [member for member in meta["members"] if isinstance(member, dict)]
+    if len(softmax) > 1:
+        print("note: some networks were scored by softmax (--loss ce), others by sigmoid; their "
+              "probabilities differ in size, so equal weights are not equal shares (see --fit)")
 
 
 def align(names):

@@ -343,7 +343,7 @@ def print_metrics(scores, labels):
     class_precision = []
     for k in np.flatnonzero(labels.any(axis=0)):
         class_precision.append(sample_map(scores[:, [k]].T, labels[:, [k]].T))  # both (1, N)
-    top1, top5 = hit_rates(scores[labelled], labels[labelled])
+    top1, top5 = hit_rates(scores, labels)
     print(f"class-level mAP {100 * np.mean(class_precision):.2f}, "
           f"top-1 hit rate {100 * top1:.2f}, top-5 {100 * top5:.2f}")
     if not labelled.all():
@@ -362,8 +362,11 @@ def labelled_map(scores, labels):
 
 
 def hit_rates(scores, labels):
-    """Top-1 and top-5 hit rates: fractions of the videos whose likeliest class, or one of whose
-    five likeliest, is a label. Of classes with equal scores the first ranks first."""
+    """Top-1 and top-5 hit rates: fractions of the labelled videos whose likeliest class, or one of
+    whose five likeliest, is a label. Of classes with equal scores the first ranks first."""
+    labelled = labels.any(axis=1)
+    scores = scores[labelled]
+    labels = labels[labelled]
     likeliest = np.argsort(-scores, axis=1, kind="stable")[:, :5]
     hits = np.take_along_axis(labels, likeliest, axis=1)
     return hits[:, 0].mean(), hits.any(axis=1).mean()
@@ -548,15 +551,18 @@ def read_checkpoint(path):
     for place in ("numpy._core.multiarray", "numpy.core.multiarray"):  # in NumPy 2 and 1
         numpy_objects.append((core.scalar, f"{place}.scalar"))
         numpy_objects.append((core._reconstruct, f"{place}._reconstruct"))
-    if Path(path).suffix == ".safetensors":
-        raise ValueError(f"{path}: convert this file, with the package safetensors: "
-                         f"torch.save(safetensors.torch.load_file({str(path)!r}), 'weights.pt')")
     with open(path, "rb") as file:
+        is_safetensors = file.read(10)[8:] == b'{"'  # after its length in 8 bytes, a JSON text
+        file.seek(0)
         try:
             with torch.serialization.safe_globals(numpy_objects):
                 return dict(torch.load(file, map_location="cpu", weights_only=True))
         except Exception as error:  # damaged bytes raise many kinds of errors
             problem = str(error)
+    if is_safetensors:
+        raise ValueError(f"{path}: a safetensors file; convert it, after pip install safetensors: "
+                         "python -c \"import sys, torch, safetensors.torch as s; torch.save("
+                         f"s.load_file(sys.argv[1]), 'weights.pt')\" \"{path}\"")
     if "GLOBAL" in problem:
         raise ValueError(f"{path}: asks for a Python object that is not a tensor, and loading it "
                          "could run code; save the state_dict alone with the program that wrote "
@@ -632,9 +638,13 @@ def load_weights(module, recipe, checkpoint, path):
 
 def notes_on_file(module, recipe, given, checkpoint, path):
     """What is odd about using a file's weights with this recipe: sentences. given: the keys of the
-    recipe that were flags. The model file's own check, if it has one, may raise a ValueError."""
+    recipe that were flags, or "init" where the weights are a start for training. The model file's
+    own check, if it has one, may raise a ValueError."""
     if is_ours(checkpoint):
-        return compare_config(module, recipe, checkpoint["config"], path)
+        keys = ["model", "mean", "std", "sampling", "frames", "stride"]
+        if "init" not in given:
+            keys.append("loss")  # whether to score by softmax
+        return compare_config(module, recipe, checkpoint["config"], path, keys)
     if not hasattr(module, "check"):
         return []
     try:
@@ -643,24 +653,22 @@ def notes_on_file(module, recipe, given, checkpoint, path):
         raise ValueError(f"{path}: {error}") from None
 
 
-def compare_config(module, recipe, config, path):
-    """A note on each setting of the frames, the colours or the network with which train.py wrote
-    `path`, and which is another one here."""
+def compare_config(module, recipe, config, path, keys):
+    """A note that names each of these settings, and of those that the network is built from, with
+    which train.py wrote `path` and which is another one here."""
     read = KeysRead(recipe)
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without memory
         module.build(read, 1)
     theirs = {**config["recipe"], "model": config["model"]}
     ours = {**recipe, "model": module.__name__}
 
     differences = []
-    for key in ["model", "mean", "std", "sampling", "frames", "stride", *sorted(read.keys_read)]:
-        their_value = theirs.get(key)
-        our_value = ours[key]
-        if isinstance(our_value, tuple):
-            our_value = list(our_value)
-        text = f"{key} {their_value} there, {our_value} here"
-        if their_value != our_value and text not in differences:
-            differences.append(text)
+    for key in dict.fromkeys([*keys, *sorted(read.keys_read)]):  # each once
+        if key not in theirs or key not in ours:
+            continue  # a setting of one of two models
+        there, here = json.loads(json.dumps([theirs[key], ours[key]]))  # tuples become lists
+        if there != here:
+            differences.append(f"{key} {there} there, {here} here")
     if differences:
         return [f"note: {path} was trained with other settings: {'; '.join(differences)}"]
     return []
@@ -676,6 +684,10 @@ class KeysRead(dict):
     def __getitem__(self, key):
         self.keys_read.add(key)
         return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        self.keys_read.add(key)
+        return super().get(key, default)
 
 
 def classifier_keys(module, recipe):
@@ -768,11 +780,13 @@ def make_autocast(device, amp):
 
 
 def compile_network(model):
-    """torch.compile, which needs a C++ compiler."""
-    compilers = [os.environ.get("CXX"), "g++", "c++", "clang++", "cl"]
-    if not any(compiler and shutil.which(compiler) for compiler in compilers):
-        raise ValueError("--compile: torch.compile needs a C++ compiler, such as g++ (Debian: apt "
-                         "install g++), and none is installed")
+    """torch.compile, which would end in a traceback where its C++ compiler is missing."""
+    usual = {"darwin": "clang++", "win32": "cl"}
+    compiler = os.environ.get("CXX", usual.get(sys.platform, "g++"))
+    if shutil.which(compiler) is None:
+        raise ValueError(f"--compile: torch.compile needs a C++ compiler, and {compiler} is "
+                         "missing; install it (Debian: apt install g++), name another one in the "
+                         "variable CXX, or leave out --compile")
     return torch.compile(model)
 
 
@@ -916,7 +930,8 @@ def parse_arguments():
 
     # the recipe
     args.module, recipe = open_model(args.model, args.row)
-    if args.weights and args.data and args.row is None and next(iter(args.module.RECIPES)) == "toy":
+    first_row = next(iter(args.module.RECIPES))
+    if args.weights and (args.data or args.video) and args.row is None and first_row == "toy":
         raise ValueError(f"--model {args.model}: the first row of its RECIPES is toy, whose "
                          "settings are for the toy videos; put a row for real data before it, or "
                          "pass --recipe toy")
@@ -933,25 +948,28 @@ def parse_arguments():
         if {"clips", "crops", "scales"} & set(given):
             args.protocol = "multiscale"
 
-    if int(os.environ.get("RANK", 0)) == 0:
-        for note in odd_settings(args, set(given)):
+    for note in odd_settings(args, set(given)):
+        if int(os.environ.get("RANK", 0)) == 0:
             print(note, file=sys.stderr)
     return args
 
 
 def odd_settings(args, given):
-    """What is odd about an evaluation: sentences."""
+    """What is odd about an evaluation: sentences. given: the keys of the recipe that were flags."""
     recipe = args.recipe
     notes = notes_on_file(args.module, recipe, given, args.content, args.path)
-    if args.protocol == "clip":
-        return notes
+    if notes and args.weights and is_ours(args.content):
+        notes[0] += f". --checkpoint {args.path} takes them from the file"
+
+    if args.protocol != "clip" and "test_resize" in given and "scales" not in given:
+        notes.append(f"note: the scales follow --test-resize: {recipe['scales']}")
     smallest = recipe["test_crop"] / 1.5
-    largest = 1.5 * recipe["test_resize"]
-    for scale in recipe["scales"]:
-        if not smallest <= scale <= largest:
-            notes.append(f"warning: --scales {scale} is far from the sizes of the one view, "
+    largest = recipe["test_resize"] * 1.5
+    for side, _ in make_protocol(recipe, args.protocol)["sizes"]:
+        if not smallest <= side <= largest:
+            notes.append(f"warning: the scale {side} is far from the sizes of the one view, "
                          f"--test-resize {recipe['test_resize']} and --test-crop "
-                         f"{recipe['test_crop']}")
+                         f"{recipe['test_crop']}, so scores may suffer; choose with --scales")
     return notes
 
 

@@ -419,17 +419,21 @@ def linspace_frames(clip, alpha):
 
 
 def check(recipe, given, tensors=None):
-    """Whether a flag --variant goes with the recipe's frames and stride, which its name gives for
-    the slow pathway: sentences on what is odd."""
+    """Whether the variant of a flag --variant goes with the recipe's frames and stride, which its
+    name tells: sentences on what is odd. (tensors, those of a file, tell nothing here.)"""
+    variant = recipe["variant"]
+    if variant not in ALPHA:
+        return []  # an error soon
     toy = RECIPES["toy"]
-    is_toy = recipe["frames"] == toy["frames"] and recipe["stride"] == toy.get("stride", 1)
+    is_toy = recipe["frames"] == toy["frames"] and recipe["stride"] == 1
     if "variant" not in given or {"frames", "stride"} <= set(given) or is_toy:
         return []
-    variant = recipe["variant"]
-    slow_count, slow_stride = map(int, variant.split("_")[1].split("x"))
+
+    # what the slow pathway sees, or a pathway alone: 4x16 is 4 frames that are 16 apart
+    count, distance = variant.split("_")[1].split("x")
     alpha = recipe["alpha"] or ALPHA[variant]
-    frames = slow_count * alpha
-    stride = slow_stride // alpha
+    frames = int(count) * alpha
+    stride = max(1, int(distance) // alpha)
     if (recipe["frames"], recipe["stride"]) == (frames, stride):
         return []
     return [f"warning: --variant {variant} means {frames} frames of stride {stride}, but the "

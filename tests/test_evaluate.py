@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -305,15 +306,16 @@ def test_batches_workers_and_mode_change_nothing(lab):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capfd):
-    """run(*arguments) -> (exit status, lines on stdout, lines on stderr) of evaluate.py. The
-    working folder is tmp_path."""
+    """run(*arguments) -> (exit status, lines on stdout, lines on stderr but for the progress) of
+    evaluate.py. The working folder is tmp_path."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
         capfd.readouterr()
         status = call("evaluate", *arguments)
         captured = capfd.readouterr()
-        return status, captured.out.splitlines(), captured.err.splitlines()
+        notes = [line for line in captured.err.splitlines() if not line.endswith(" s left")]
+        return status, captured.out.splitlines(), notes
 
     return run
 
@@ -345,6 +347,30 @@ def test_several_processes_score_as_one(lab, run, processes, split):
     np.testing.assert_array_equal(np.load("all.npz")["scores"], one["scores"])
 
 
+class Corner(torch.nn.Module):
+    def forward(self, clip):
+        return corner(clip)
+
+
+FIVE_VIDEOS = [(row, [one_pixel_views((row, 2 * row))[0]]) for row in range(5)]
+
+
+def predict_as(rank, folder):
+    """One of two processes. What predict returns to it is written into a file."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
+                                         world_size=2)
+    np.save(Path(folder, f"{rank}.npy"), evaluate.predict(Corner(), FIVE_VIDEOS, 2, PLAIN, CPU))
+    torch.distributed.destroy_process_group()
+
+
+def test_every_process_gets_all_scores(tmp_path):
+    # forked processes need not import torch again
+    torch.multiprocessing.start_processes(predict_as, (tmp_path,), 2, start_method="fork")
+    expected = evaluate.predict(Corner(), FIVE_VIDEOS, 2, PLAIN, CPU)
+    for rank in (0, 1):
+        assert np.array_equal(np.load(tmp_path / f"{rank}.npy"), expected)
+
+
 # ---- what is printed -----------------------------------------------------------------------------
 
 def test_the_printed_figures_by_hand(capsys):
@@ -359,9 +385,9 @@ def test_the_printed_figures_by_hand(capsys):
     labels = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0]])
     evaluate.print_metrics(scores, labels)
     first, second, last = capsys.readouterr().out.splitlines()
-    assert "1 of 3 videos" in first
-    assert "mAP of the others 75.00" in first  # (1 + 1/2) / 2
-    assert second == "class-level mAP 66.67, top-1 hit rate 50.00, top-5 100.00"
+    assert first == "class-level mAP 66.67, top-1 hit rate 50.00, top-5 100.00"
+    assert "1 of 3 videos have no label" in second
+    assert "mAP of the others 75.00" in second  # (1 + 1/2) / 2
     assert last == "mAP 50.00"  # (1 + 1/2 + 0) / 3
 
 
@@ -370,6 +396,11 @@ def test_hit_rates_by_hand():
     likeliest), and one of seven equals, of which the lower number comes first."""
     scores = np.array([[7, 6, 5, 4, 3, 2, 1]] * 3 + [[1, 1, 1, 1, 1, 1, 1]])
     labels = np.eye(7, dtype=int)[[0, 1, 5, 0]]
+    assert evaluate.hit_rates(scores, labels) == (2 / 4, 3 / 4)
+
+    # a video without a label does not count
+    scores = np.vstack([scores, scores[:1]])
+    labels = np.vstack([labels, 0 * labels[:1]])
     assert evaluate.hit_rates(scores, labels) == (2 / 4, 3 / 4)
 
 
@@ -464,6 +495,30 @@ def test_a_picture_of_the_middle_clip(lab, run, clips):
         assert np.array_equal(picture[:128, x : x + 170], expected)
 
 
+@needs_ffmpeg
+def test_progress_while_ffmpeg_decodes(lab, run, clips, monkeypatch):
+    """Every five seconds; here every hundredth of a second."""
+    communicate = subprocess.Popen.communicate
+
+    def hurry(process, timeout):
+        return communicate(process, timeout=timeout / 500)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", hurry)
+    video = clips / "whole.mp4"
+    _, lines, [line, *_] = run("--checkpoint", lab.checkpoint, "--json", "--video", video)
+    assert re.fullmatch(rf"{re.escape(str(video))}: \d+ frames so far", line)
+    assert json.loads("\n".join(lines))
+
+
+def test_a_video_of_a_minute_is_said_to_be_long(lab, run, frames_read, monkeypatch):
+    for seconds, notes in ((60, 0), (61, 1)):
+        monkeypatch.setattr(data, "decode_video", lambda *_, **__: (30 * seconds, ""))
+        _, _, err = run("--checkpoint", lab.checkpoint, "--video", "long.mp4")
+        assert len(err) == notes
+    assert err[0].startswith("long.mp4: 61 seconds long")
+    assert "cut longer ones" in err[0]
+
+
 def test_a_picture_is_of_one_video(lab, run):
     flags = ["--checkpoint", lab.checkpoint, "--picture", "out.png", "--video", "a.mp4", "b.mp4"]
     _, _, [error] = run(*flags)
@@ -490,6 +545,15 @@ def test_the_toys_values_come_before_the_row():
     """SlowFast's row has scales of its own."""
     _, recipe = evaluate.open_model("slowfast", "toy")
     assert (recipe["crop"], recipe["scales"]) == (32, (32, 30, 28))
+
+
+@pytest.mark.parametrize("flags", [["--data", "DATA"], ["--video", "a.mp4"]])
+def test_toy_as_the_first_row_is_not_for_real_videos(lab, run, monkeypatch, flags):
+    """As in a model file that was begun on the toy: its videos have 32 pixels."""
+    monkeypatch.setattr(tsn, "RECIPES", {"toy": tsn.RECIPES["toy"]})
+    status, _, [error] = run("--model", "tsn", "--weights", lab.checkpoint, *flags)
+    assert status == 2
+    assert "put a row for real data before it, or pass --recipe toy" in error
 
 
 def test_epochs_and_iterations_clear_each_other():
@@ -535,6 +599,14 @@ def test_a_file_that_could_run_code_does_not(tmp_path, monkeypatch):
     assert os.listdir() == ["file.pth"]
 
 
+@pytest.mark.parametrize("name", ["a.safetensors", "pytorch_model.bin"])
+def test_a_safetensors_file_is_refused_with_its_conversion(tmp_path, name):
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    write(tmp_path / name, len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ValueError, match=rf"{name}: a safetensors .* torch\.save\(s\.load_file\("):
+        evaluate.read_checkpoint(tmp_path / name)
+
+
 W = torch.ones(1)
 
 
@@ -552,6 +624,22 @@ def test_tensors_without_container_and_prefix(checkpoint):
 def test_the_prefix_model_stays_if_one_key_lacks_it():
     tensors = {"model.w": W, "fc.w": W}
     assert evaluate.tensors_of(tensors) == tensors
+
+
+@pytest.mark.parametrize("name", ["tsn", "trn", "tsm", "tin", "slowfast"])
+def test_the_prefix_of_lightning_goes(name):
+    module, recipe = evaluate.open_model(name, "toy")
+    with torch.device("meta"):
+        state = module.build(recipe, 3).state_dict()
+    checkpoint = {"state_dict": {f"model.{key}": tensor for key, tensor in state.items()}}
+    assert evaluate.state_of(module, checkpoint, "file.ckpt") == state
+
+
+def test_in_our_checkpoint_every_prefix_stays():
+    """A network of ours may consist of a part that is called model."""
+    config = {"model": "tsn", "recipe": {}, "categories": None}
+    checkpoint = {"model": {"model.w": W}, "config": config}
+    assert evaluate.state_of(tsn, checkpoint, "best.pt") == {"model.w": W}
 
 
 @pytest.mark.parametrize("checkpoint, message", [
@@ -606,6 +694,51 @@ def test_other_peoples_weights_score_as_ours(lab, run):
     close(np.load("scores.npz")["scores"].sum(axis=1), np.ones(7), 1e-5)
 
 
+def test_a_tsn_is_no_tsm(lab, run):
+    """It would load, but its weights know nothing of shifted channels."""
+    tensors = {}
+    for key, tensor in lab.model.state_dict().items():
+        tensors[key.replace("backbone", "base_model").replace("fc", "new_fc")] = tensor
+    torch.save(tensors, "tsn.pth")
+    flags = ["--weights", "tsn.pth", "--recipe", "toy", "--frames", 2, *flags_of(lab)[2:]]
+    assert run("--model", "tsn", *flags)[0] == 0
+    status, _, [error] = run("--model", "tsm", *flags)
+    assert status == 2
+    assert "tsn.pth: no block of the file's network shifts" in error
+
+
+@pytest.mark.parametrize("model, change, words", [
+    ("tsn", dict(mean=(0.5, 0.5, 0.5)), "mean [0.485, 0.456, 0.406] there, [0.5, 0.5, 0.5] here"),
+    ("tsn", dict(sampling="clip", stride=2), "sampling segments there, clip here; stride 1 there, "
+                                             "2 here"),
+    ("tsm", dict(frames=16, shift_every=2), "frames 8 there, 16 here; shift_every 1 there, 2 here"),
+    ("slowfast", dict(alpha=8), "alpha None there, 8 here"),
+    ("tsn", dict(loss="ce"), "loss bce there, ce here"),
+])
+def test_settings_that_are_not_those_of_the_run_are_named(model, change, words):
+    module, recipe = evaluate.open_model(model, "toy")
+    recipe = {"loss": "bce", **recipe}
+    config = {"model": model, "recipe": json.loads(json.dumps(recipe)), "categories": []}
+
+    def notes(recipe, model=module):
+        return evaluate.notes_on_file(model, recipe, set(), {"config": config}, "best.pt")
+
+    assert notes({**recipe, "test_resize": 40, "clips": 2}) == []  # usual choices
+    [note] = notes({**recipe, **change})
+    assert note == f"note: best.pt was trained with other settings: {words}"
+
+
+def test_weights_of_another_model_of_ours_are_said(lab, run):
+    """A TSN in TSM's place loads completely, and settings that only one of them has do not count.
+    The note is not on stdout."""
+    flags = ["--weights", lab.checkpoint, "--recipe", "toy", "--frames", 2, *flags_of(lab)[2:]]
+    assert run("--model", "tsn", *flags)[2] == []
+    status, lines, [note] = run("--model", "tsm", *flags)
+    assert status == 0
+    assert "settings: model tsn there, tsm here. --checkpoint" in note
+    assert not any("note" in line for line in lines)
+
+
 def test_the_recipe_of_a_checkpoint(lab, run):
     """Its loss decides on softmax. A key missing from an old checkpoint has the row's value."""
     checkpoint = evaluate.read_checkpoint(lab.checkpoint)
@@ -643,11 +776,29 @@ def test_flags_of_speed_change_scores_little(lab, run, monkeypatch):
         assert 0 < abs(scores("--amp", amp) - expected).max() < 0.1
 
     # Compiling takes a minute; here it is enough that it is asked for.
+    monkeypatch.setenv("CXX", sys.executable)  # in place of a compiler
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
     close(scores("--compile", "--channels-last"), expected, 1e-5)
     [model] = compiled
     assert model.backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_without_a_compiler_compile_is_refused(lab, run, monkeypatch):
+    monkeypatch.setenv("CXX", "no-compiler")
+    status, _, [error] = run(*flags_of(lab, "--compile"))
+    assert status == 2
+    assert "--compile: torch.compile needs a C++ compiler, and no-compiler is missing" in error
+
+
+def test_several_tasks_of_srun_are_refused(lab, run, monkeypatch):
+    """A batch script that starts one process has SLURM_NTASKS too."""
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert evaluate.start_process("cpu") == (0, 1, CPU)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    status, _, [error] = run(*flags_of(lab))
+    assert status == 2
+    assert "torchrun --nnodes N --nproc-per-node GPUS" in error
 
 
 def test_channels_last_of_3d_convolutions():
@@ -698,3 +849,25 @@ def test_flags_reach_the_views(lab, run):
     recipe = {**lab.recipe, **given}
     assert file["meta"]["recipe"] == json.loads(json.dumps(recipe))
     close(file["scores"], one_view_at_a_time(lab, recipe, "multiscale"), 1e-5)
+
+
+def test_scales_follow_test_resize(lab, run):
+    """The run's are 36 and 40, for --test-resize 36."""
+    status, _, [note] = run(*flags_of(lab, "--test-resize", 72, "--protocol", "multiscale"))
+    assert status == 0
+    assert note == "note: the scales follow --test-resize: [72, 80]"
+    meta = json.loads(str(np.load("scores.npz")["meta"]))
+    assert meta["protocol"]["sizes"] == [[72, 72], [80, 80]]
+
+
+@pytest.mark.parametrize("flags, warned", [
+    ("--protocol dense", []),
+    ("--scales 22 54", []),  # 32 / 1.5 and 36 x 1.5
+    ("--scales 21 55", [21, 55]),
+    ("--protocol dense --scales 36 55", []),  # it uses the first one alone
+    ("--test-resize 72 --test-crop 64 --scales 256 72", [256]),
+])
+def test_scales_far_from_the_one_view_are_said(lab, run, monkeypatch, flags, warned):
+    monkeypatch.setattr(evaluate, "predict", lambda *_, **__: np.zeros((7, 10), np.float32))
+    _, _, notes = run(*flags_of(lab, *flags.split()))
+    assert [int(re.match(r"warning: the scale (\d+) is far", note)[1]) for note in notes] == warned

@@ -262,19 +262,31 @@ def recorded(folder, script, *arguments, **environ):
 
 
 def test_the_report_on_a_laptop(newcomer, capsys):
-    environ = dict(DATA="runs/toy", CLAIMS="1", FLAGS="--epochs 1 --batch 8 --clips 1 --crops 1 "
-                   "--workers 0 --device cpu")
+    environ = dict(DATA="runs/toy", FLAGS="--epochs 1 --batch 8 --clips 1 --crops 1 --workers 0 "
+                   "--device cpu")
     commands = recorded(newcomer, "laptop.sh", "out", **environ)
     for script, *arguments in commands:
         assert call(script, *arguments) == 0
     printed = re.sub(" +", " ", capsys.readouterr().out)
     assert re.search(r"\| `r50_8f` \| 59.85 \| \d+\.\d\d \| \d+\.\d\d \|", printed)
     assert re.search(r"video and image models \| 67.22 \| 60.77 \| \d+\.\d\d \|", printed)
-    assert re.search(r"\| scaled BCE against WARP \| BCE was used \| \d+\.\d, \d+\.\d \|", printed)
 
     # the same command again: nothing is evaluated twice
     again = recorded(newcomer, "laptop.sh", "out", **environ)
     assert again == [command for command in commands if command[0] != "evaluate"]
+
+
+def test_the_flags_of_the_reports_claims(newcomer, monkeypatch):
+    """They are read, but none of these networks is trained here."""
+    commands = recorded(newcomer, "laptop.sh", "out", DATA="runs/toy", CLAIMS="1")
+    recipes = {}
+    for script, *arguments in commands:
+        if script == "train":
+            monkeypatch.setattr("sys.argv", ["train.py", *arguments])
+            args = train.parse_arguments()
+            recipes[Path(args.out).name] = args.recipe
+    assert len(recipes) == 17
+    assert recipes["tin-rate"]["lr"] == pytest.approx(recipes["tin"]["lr"] * 10 / 1.7, rel=0.01)
 
 
 @needs_ffmpeg

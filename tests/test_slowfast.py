@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+import evaluate
 import slowfast
 from conftest import close, drawn_clip, fill, golden, golden_names, remember
 
@@ -160,3 +161,26 @@ def test_caffe2_files_lack_axes_and_hold_the_optimiser():
         "slow.layer1.0.conv1.weight": (64, 64, 1, 1, 1),
         "fc.weight": (10, 2048),
     }
+
+
+@pytest.mark.parametrize("row, flags, advice", [
+    ("r101_8x8", dict(variant="slow_8x8"), "--frames 8 --stride 8"),
+    ("r101_8x8", dict(variant="slowfast_11x8"), "--frames 44 --stride 2"),
+    ("r101_8x8", dict(variant="fast_16x2"), "--frames 16 --stride 2"),
+    ("r101_8x8", dict(variant="slow_8x8", frames=8), "--frames 8 --stride 8"),
+    ("r101_8x8", dict(variant="slow_8x8", frames=8, stride=8), None),
+    ("r101_8x8", dict(variant="slow_8x8", frames=32, stride=2), None),  # chosen
+    ("r101_8x8", dict(variant="slowfast_4x16"), None),  # 4 x alpha 8 frames of stride 16 / 8
+    ("r101_slow_8x8", dict(variant="slow_8x8"), None),
+    ("toy", dict(variant="slow_8x8"), None),
+    ("r101_8x8", dict(frames=16), None),
+    ("r101_8x8", dict(variant="no_such"), None),  # refused later
+])
+def test_the_clip_that_a_variants_name_means(row, flags, advice):
+    _, recipe = evaluate.open_model("slowfast", row)
+    notes = slowfast.check({**recipe, **flags}, set(flags))
+    if advice is None:
+        assert notes == []
+    else:
+        [note] = notes
+        assert advice in note

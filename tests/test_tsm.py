@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchvision
 
+import evaluate
 import tsm
 from conftest import close, fill, golden, golden_names
 
@@ -130,3 +131,49 @@ def test_logits_are_those_of_the_authors(name):
     model.load_state_dict(tsm.convert(case.tensors))
     close(model(case.clip), case.arrays["logits"])
     close(model(case.clip[:, case.arrays["perm"]]), case.arrays["logits_perm"])
+
+
+# ---- files of other people -------------------------------------------------------------------
+
+MIT = "base_model.layer{}.{}.conv1.{}weight"
+MMACTION2 = "backbone.layer{}.{}.conv1.conv.{}weight"
+
+
+def file_of(name, *shifts):
+    """The keys of a ResNet-101 that shifts in these blocks of every stage."""
+    tensors = {"new_fc.weight": None}
+    for stage, blocks in enumerate([3, 4, 23, 3], 1):
+        for i in range(blocks):
+            net = "net." if i in shifts else ""
+            tensors[name.format(stage, i, net)] = None
+    return tensors
+
+
+def recipe_of(shift_every):
+    return {"backbone": "resnet101", "shift_every": shift_every}
+
+
+@pytest.mark.parametrize("name", [MIT, MMACTION2])
+def test_a_file_that_shifts_in_other_blocks_names_the_flag(name):
+    every_second = file_of(name, *range(0, 23, 2))
+    for shift_every in (2, None):
+        assert tsm.check(recipe_of(shift_every), set(), every_second) == []
+    [warning] = tsm.check(recipe_of(1), {"init"}, every_second)
+    assert warning.endswith("pass --shift-every 2")
+    [warning] = tsm.check(recipe_of(2), set(), file_of(name, *range(23)))
+    assert warning.endswith("pass --shift-every 1")
+    [warning] = tsm.check(recipe_of(1), set(), file_of(name, 1, 2))
+    assert "other blocks than any --shift-every" in warning
+
+
+def test_a_tsn_is_a_start_for_a_tsm_and_no_tsm():
+    assert tsm.check(recipe_of(1), {"init"}, file_of(MIT)) == []
+    with pytest.raises(ValueError, match="use --model tsn, or train a TSM .* --init"):
+        tsm.check(recipe_of(1), set(), file_of(MIT))
+    assert tsm.check(recipe_of(1), set(), {"backbone.conv1.weight": None}) == []  # our names
+
+
+@pytest.mark.parametrize("name", golden_names("tsm"))
+def test_the_authors_files_shift_where_ours_does(name):
+    _, recipe = evaluate.open_model("tsm")
+    assert tsm.check(recipe, set(), golden(name).tensors) == []
