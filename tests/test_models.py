@@ -187,7 +187,7 @@ def test_export_with_any_number_of_videos_and_compilation(module):
 
 @pytest.mark.parametrize("module", MODELS)
 def test_our_own_names_are_kept(module):
-    """Also those of a file without counters of batches, as Caffe2 and PyTorch before 0.4.1 wrote."""
+    """Also a file without counters of batches, as Caffe2 and PyTorch before 0.4.1 wrote it."""
     ours = toy(module).state_dict()
     file = {key: x for key, x in ours.items() if not key.endswith("num_batches_tracked")}
     assert module.convert(ours) == ours
