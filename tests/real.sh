@@ -20,8 +20,8 @@
 #     git clone --bare --depth 1 https://github.com/TVR28/LipNet lipnet.git
 #     mkdir FOLDER && git -C lipnet.git archive HEAD data/s1 | tar x -C FOLDER
 #
-# Measured on a CPU: the frames of tank take 6 minutes of one core and 4.7 GB. TSN, TSM and TIN train
-# for 7 minutes of one core each and are scored for 4, SlowFast for 9 and 6.
+# On one CPU core, about: the frames of tank take 6 minutes (and 4.7 GB); TSN, TSM, TIN and SlowFast
+# train for 7 minutes each; scoring takes 2 minutes a network, SlowFast 6.
 set -euo pipefail
 
 absolute() {
@@ -87,7 +87,7 @@ python data.py check "$data"
 
 # ---- frames -> scores --------------------------------------------------------------------------
 
-# One page of settings for all networks, small enough for a CPU. A mirrored film has the same labels,
+# One page of settings for all networks, small enough for a CPU. A mirrored film keeps its labels,
 # so half of the clips are flipped. A SlowFast clip covers most of a film: three clips suffice.
 page=(
     --data "$data" --init none --loss-scale $labels_scale --channels-last
