@@ -21,8 +21,8 @@ N videos, K classes, B clips, T frames in a clip, H height, W width. Frame indic
 index i is the file img_(i + 1).jpg.
 
 In comments on settings, "report" means that the report of the team (arXiv 2003.05837) gives the
-value. "ours" means that it does not: after "ours" stands whom we follow instead, or why. "The
-authors' code" is X-Temporal, which the report's authors published.
+value. "ours" means that it does not; then comes our source, or the reason. "The authors' code" is
+X-Temporal, which the report's authors published.
 """
 import argparse
 import collections
@@ -152,7 +152,8 @@ def clip_starts(num_frames, length, stride, views):
 
 def sample_indices(num_frames, recipe, rng=None):
     """The frames of a clip, as the recipe's `sampling` says: int array (T,). With rng a random clip
-    for training; without it the middles of the segments, or the middle window."""
+    for training; without it the middles of the segments, or the middle window (for the picture of
+    evaluate.py --video)."""
     length = recipe["frames"]
     stride = recipe["stride"]
     if recipe["sampling"] == "segments":
@@ -198,7 +199,7 @@ def multiscale_box(width, height, target, rng):
     """
     short = min(width, height)
     sides = [int(short * scale) for scale in (1, 0.875, 0.75, 0.66)]
-    if target <= short:  # a side within 2 pixels of the target becomes the target, as there
+    if target <= short:  # as in their code: a side within 2 pixels of the target becomes the target
         sides = [target if abs(side - target) < 3 else side for side in sides]
     pairs = []
     for i in range(4):
@@ -262,7 +263,7 @@ def make_clip(folder, indices, recipe, rng):
         x, y, w, h = multiscale_box(width, height, crop, rng)
     else:
         x, y, w, h = jitter_box(width, height, crop, recipe["jitter"], rng)
-    clip = frames[:, y : y + h, x : x + w].contiguous()
+    clip = frames[:, y : y + h, x : x + w].contiguous()  # resize is faster on contiguous memory
     clip = resize(clip, (crop, crop))
 
     # the flip, along the width
@@ -288,8 +289,9 @@ def normalise(clips, mean, std, channels_last=False):
 class VideoList:
     """DATA/<split>.txt as arrays over its N videos: paths, numbers of frames, class ids.
 
-    Arrays, because the loader's worker processes share their memory. A million Python objects would
-    soon be copied into every worker, since merely using an object writes to its reference count.
+    Arrays, because the loader's worker processes can share an array's memory. A million Python
+    objects would soon be copied into every worker, since merely using an object writes to its
+    reference count.
     """
 
     def __init__(self, data_dir, split):

@@ -4,7 +4,7 @@
     python ensemble.py A.npz B.npz ... --weights 2 1 ...   weights in this proportion
     python ensemble.py A.npz B.npz ... --fit               fit weights to the labels in the files
 
-On the videos to which weights were fitted, they look better than they are. So --fit also divides
+Weights look better than they are on the videos to which they were fitted. So --fit also divides
 the videos into fifths, and scores each fifth with weights that were fitted to the others. This
 cross-fitted mAP is the one to report; FILE.npz gets these scores. The printed weights are fitted to
 all videos: use them for the test list.
@@ -99,7 +99,7 @@ def main():
     else:
         result = combine(scores, weights)
 
-    note_softmax(metas)
+    note_softmax(metas)  # says it if softmax and sigmoid scores are mixed
     if args.out:
         meta = describe_ensemble(args, weights, metas, result, labels)
         evaluate.save_scores(args.out, paths, result, labels, meta)

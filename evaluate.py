@@ -10,8 +10,8 @@ probability for every class; a video's score is the mean over its views.
 
 N videos, K classes, B videos at once, V views of a video at one scale, T frames, H height, W width.
 In comments on settings, "report" means that the report of the team (arXiv 2003.05837) gives the
-value. "ours" means that it does not: after "ours" stands whom we follow instead, or why. "The
-authors' code" is X-Temporal, which the report's authors published.
+value. "ours" means that it does not; then comes our source, or the reason. "The authors' code" is
+X-Temporal, which the report's authors published.
 """
 import argparse
 import contextlib
@@ -275,7 +275,8 @@ def predict(model, views, num_classes, recipe, device, batch=8, workers=0, progr
 # ---- the script ----------------------------------------------------------------------------------
 
 def main():
-    # parse_arguments also imports the model file (args.module) and reads the weights (args.content)
+    # parse_arguments also imports the model file (args.module) and reads the file of weights, whose
+    # name is args.path (args.content)
     args = parse_arguments()
     recipe = args.recipe
     protocol = make_protocol(recipe, args.protocol)
@@ -308,7 +309,7 @@ def main():
     videos = data.VideoList(folder, args.split)
     views = VideoViews(videos, recipe, protocol)
 
-    # scores; by default so many videos are loaded at once that they have about view_batch views
+    # scores; by default just enough videos are loaded at once to give about view_batch views
     batch = args.batch or max(1, args.view_batch // count_views(protocol))
     scores = predict(model, views, num_classes, recipe, device, batch, args.workers,
                      progress_name="videos", **options)

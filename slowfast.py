@@ -20,8 +20,8 @@ slow frame, whose output is concatenated to the slow channels.
 Inside a pathway the number of frames never changes: all strides are in space. At the end each
 pathway is averaged over frames and pixels, and the classifier sees both averages side by side.
 
-The name of a variant tells its clip: frames, x, distance of two frames in the video. With two
-pathways this is what the slow one sees.
+The name of a variant tells its clip: frames, x, distance between neighbouring frames in the video.
+With two pathways this is what the slow one sees.
 
     slowfast_8x8     clip of 32 frames, every 2nd of the video; slow: every 4th of them, 8 frames
     slowfast_11x8    clip of 44 frames, every 2nd of the video; slow: 11 frames; the same network
@@ -317,8 +317,8 @@ def build(recipe, num_classes):
 
 # The rows of the report's Table 2, Slow 8x8 of its section 2 (c), and the toy. A row holds what
 # build() needs, and what differs from the settings in data.py, evaluate.py and train.py. In a
-# comment, "report" means that the report gives the value. "ours" means that it does not: after it
-# stands whom we follow, or why; "the authors' code" is the code of the report's authors.
+# comment, "report" means that the report gives the value. "ours" means that it does not; then
+# comes our source, or the reason; "the authors' code" is the code of the report's authors.
 NETWORK = dict(  # of all rows
     dropout=0.5,           # probability, before the classifier; report
     fusion_kernel=5,       # fast frames that a lateral sees; ours: the authors' code
@@ -341,9 +341,10 @@ SHARED = dict(  # of all rows but the toy
     batch=1024,            # clips per step; report: 32 GPUs with 32 clips each
     reference_batch=1024,  # the batch for which lr, iterations and warmup hold; report
     lr=0.2,                # report
-    schedule="cosine",     # half a period, from lr at step 0 to 0 at the end; report
+    schedule="cosine",     # half a period over all steps, down to 0; report
     iterations=180000,     # steps, warm-up included; report: about 180 epochs of its training set
-    warmup=8000,           # steps, linear from lr / 10 on; ours: the paper's, the report has none
+    warmup=8000,           # steps in place of the cosine's first, linear from lr / 10 up to it;
+                           # ours: the paper's, the report gives no number
     weight_decay=1e-4,     # on every parameter; report
     clip_grad=0.0,         # off; ours: the report names no clipping, and there is a warm-up
     sync_bn=True,          # batch norm over all GPUs; report
@@ -369,8 +370,8 @@ RECIPES = {  # frames is T; stride: the clip holds every stride-th frame of the 
         frames=24,             # ours: the whole toy video; the slow pathway sees 6 frames of it
         sampling="clip",       # report
 
-        lr=0.05,               # ours: clip_grad makes so large a rate possible
-        epochs=10,             # ours
+        lr=0.05,               # ours: large for batches of 16, clip_grad makes it possible
+        epochs=10,             # ours: minutes on a laptop
         clip_grad=5.0,         # ours: limits the first steps, in place of a warm-up
         weight_decay=1e-4,     # report
         sync_bn=True,          # report

@@ -2,7 +2,7 @@
 
 A quarter of the channels moves along time, in four groups. In every block, one small net computes
 from the block's input how far each group moves, and a second one computes a weight for each frame
-of a group. TIN is the own network of the report's team, and the best of its 2D networks.
+of a group. TIN is the report team's own network, and the best of its 2D networks.
 
 Report: arXiv 2003.05837, section 1.4 and Table 1.
 Paper: Shao, Qian and Liu, "Temporal Interlacing Network", arXiv 2001.06499.
@@ -24,7 +24,7 @@ multiplied by frame weights. With o0 = o1 = -1 and all frame weights 1 it is exa
 
 How can a convolution over time and two linear layers find an offset? The convolution sees the mean
 of each moved channel over each frame's pixels: how strongly a feature is present at each time. It
-can compare neighbouring frames, and makes one number of each frame. The linear layers see these
+can compare neighbouring frames, and gives one number for each frame. The linear layers see these
 numbers of all frames, and can tell a quick change from a slow one, which a longer shift suits
 better. (This is our explanation; the paper gives none.)
 
@@ -223,7 +223,7 @@ def build(recipe, num_classes):
 
 # The rows of the report's Table 1, and the toy. A row holds what build() needs, and what differs
 # from the settings in data.py, evaluate.py and train.py. In a comment, "report" means that the
-# report gives the value. "ours" means that it does not; then comes whom we follow, or why.
+# report gives the value. "ours" means that it does not; then comes our source, or the reason.
 SHARED = dict(dropout=0.5)  # probability, before the classifier; report
 RECIPES = {
     "r50_8f": dict(SHARED, frames=8, backbone="resnet50"),  # report

@@ -17,8 +17,8 @@ row), the order of an epoch from (seed, epoch). On a CPU the result is the same 
 B clips, T frames, H height, W width, K classes. A step is one update of the weights.
 
 In comments on settings, "report" means that the report of the team (arXiv 2003.05837) gives the
-value. "ours" means that it does not: after "ours" stands whom we follow instead, or why. "The
-authors' code" is X-Temporal, which the report's authors published.
+value. "ours" means that it does not; then comes our source, or the reason. "The authors' code" is
+X-Temporal, which the report's authors published.
 """
 import argparse
 import contextlib
@@ -43,7 +43,8 @@ import torchvision
 import data
 import evaluate
 
-# How a network is trained: the report's image models. A model's recipe row overrides what differs.
+# How a network is trained. The values are those for the report's image models; a row of RECIPES in
+# a model file overrides what differs.
 RECIPE = dict(
     # loss
     loss="bce",            # report; "lsep" and "warp" are ranking losses that it tried, "ce" is
@@ -168,7 +169,7 @@ def load_clips(videos, args, start, total, rank, world, device):
         batch_sampler=order,
         num_workers=args.workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=data.ignore_interrupts,
+        worker_init_fn=data.ignore_interrupts,  # Ctrl-C is for the main process
     )
     return data.load(loader)  # its batches, with a clear error if shared memory runs out
 
@@ -203,7 +204,7 @@ def validate(model, views, recipe, device, workers, **options):
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    labels = views.videos.label_matrix()
+    labels = views.videos.label_matrix()  # not None: check_videos has refused a list without any
     scores = evaluate.predict(model, views, labels.shape[1], recipe, device, workers=workers,
                               **options)
     val_map = evaluate.sample_map(scores, labels)
@@ -212,7 +213,7 @@ def validate(model, views, recipe, device, workers, **options):
         top1, top5 = evaluate.hit_rates(scores, labels)
         text += f"  top-1 {100 * top1:.2f}  top-5 {100 * top5:.2f}"
     if not labels.any(axis=1).all():
-        text += f"  ({evaluate.labelled_map(scores, labels)})"
+        text += f"  ({evaluate.labelled_map(scores, labels)})"  # the mAP of the labelled videos
     return val_map, text
 
 
@@ -258,7 +259,7 @@ def main():
         run = {key: checkpoint[key] for key in run}  # the same keys, from the file
         message = f"resuming from {out / 'last.pt'}"
     if main_process:
-        log = Log(out, args.resume, step, run["validated"])
+        log = Log(out, args.resume, step, run["validated"])  # drops lines later than last.pt
         print_plan(args, device, world, model, videos, val_videos, steps_per_epoch, total, step)
         print(message, flush=True)
 

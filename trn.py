@@ -63,8 +63,9 @@ class Relation(nn.Module):
         x = x.flatten(2)  # (B, n, k*256)
         x = torch.relu(self.fc1(x))  # (B, n, hidden)
 
-        # A sum of n logits is n times their mean. fc2 is linear, so the mean of the logits is fc2
-        # of the mean of x.
+        # In training n is self.draws, and the sum of n logits is n times their mean. Evaluation
+        # multiplies the mean over all R tuples by the same number. fc2 is linear, so the mean of
+        # the logits is fc2 of the mean of x.
         x = x.mean(dim=1)  # (B, hidden)
         return self.draws * self.fc2(x)  # (B, K)
 
@@ -80,7 +81,7 @@ class TRN(nn.Module):
 
     def __init__(self, num_classes, frames=8, backbone="resnet50", dropout=0.5, multiscale=True):
         super().__init__()
-        if multiscale and not 2 <= frames <= 10:  # tuples double with every frame: 1,013 of 10
+        if multiscale and not 2 <= frames <= 10:  # 10 frames have 1,013 tuples, 11 twice as many
             raise ValueError(f"a multiscale TRN takes 2 to 10 frames, got {frames}")
         self.frames = frames
 
@@ -138,20 +139,20 @@ def build(recipe, num_classes):
 
 # A row like those of the report's other networks, and the toy. A row holds what build() needs, and
 # what differs from the settings in data.py, evaluate.py and train.py. The report gives no value for
-# TRN, so all are "ours": after this word stands whom we follow, or why.
+# TRN, so all are "ours"; then comes the source that we follow, or the reason.
 SHARED = dict(
-    frames=8,  # T; ours: as TRN-pytorch and mmaction2
+    frames=8,  # T; ours: as in TRN-pytorch and mmaction2
     multiscale=True,  # all scales from T to 2; ours: as in most public weights
 )
 RECIPES = {
-    "r50_8f": dict(SHARED, backbone="resnet50", dropout=0.5),  # ours: as the report's other rows
+    "r50_8f": dict(SHARED, backbone="resnet50", dropout=0.5),  # ours: as in the report's other rows
     "toy": dict(
         SHARED,
         backbone="resnet18",
-        dropout=0.0,
+        dropout=0.0,  # ours: 0.2 was no better
 
         # ours: small, smooth steps. The relations begin with a ReLU, so a feature that is negative
-        # in every frame of every clip no longer gets a gradient; larger steps leave few that do.
+        # in every frame of every clip no longer gets a gradient. With larger steps few still do.
         lr=0.02,
         clip_grad=1.0,  # largest gradient norm
         nesterov=True,

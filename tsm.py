@@ -148,10 +148,10 @@ def build(recipe, num_classes):
 
 # The rows of the report's Table 1, and the toy. A row holds what build() needs, and what differs
 # from the settings in data.py, evaluate.py and train.py. In a comment, "report" means that the
-# report gives the value. "ours" means that it does not; then comes whom we follow, or why.
+# report gives the value. "ours" means that it does not; then comes our source, or the reason.
 SHARED = dict(
     dropout=0.5,  # probability, before the classifier; report
-    shift_every=1,  # in every block; ours: as the code that the report's authors published
+    shift_every=1,  # in every block; ours: as in the code that the report's authors published
 )
 RECIPES = {
     "r50_8f": dict(SHARED, frames=8, backbone="resnet50"),  # report

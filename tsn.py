@@ -76,10 +76,11 @@ def build(recipe, num_classes):
 
 # The rows of the report's Table 1, and the toy. A row holds what build() needs, and what differs
 # from the settings in data.py, evaluate.py and train.py. In a comment, "report" means that the
-# report gives the value. "ours" means that it does not; then comes whom we follow, or why.
+# report gives the value. "ours" means that it does not; then comes our source, or the reason.
 SHARED = dict(dropout=0.5)  # probability, before the classifier; report
 # Of Inception-ResNet-v2 and SENet-154, torchvision has no ImageNet weights: train from scratch
-# (init "none"), or pass a public file with --init. The former's expect this mean and std.
+# (init "none"; ours), or pass a public file with --init. Public weights of Inception-ResNet-v2
+# expect this mean and std.
 HALF = (0.5, 0.5, 0.5)
 INCEPTION = dict(backbone="inception_resnet_v2", mean=HALF, std=HALF)
 RECIPES = {
