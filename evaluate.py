@@ -528,6 +528,14 @@ def open_model(name, row=None, pages=(data.RECIPE, RECIPE)):
     return module, override(recipe, module.RECIPES[row])
 
 
+def refuse_toy_row(name, module):
+    """ValueError if the first row of a model file, which real videos get by default, is toy."""
+    if next(iter(module.RECIPES)) == "toy":
+        raise ValueError(f"--model {name}: the first row of its RECIPES is toy, whose settings are "
+                         "for the toy videos; put a row for real data before it, or pass --recipe "
+                         "toy")
+
+
 def override(recipe, values):
     """The recipe with other values. The length of a run is its `epochs` or its `iterations`, and
     the one that does not count is 0: values that set only one of them set the other to 0."""
@@ -931,11 +939,8 @@ def parse_arguments():
 
     # the recipe
     args.module, recipe = open_model(args.model, args.row)
-    first_row = next(iter(args.module.RECIPES))
-    if args.weights and (args.data or args.video) and args.row is None and first_row == "toy":
-        raise ValueError(f"--model {args.model}: the first row of its RECIPES is toy, whose "
-                         "settings are for the toy videos; put a row for real data before it, or "
-                         "pass --recipe toy")
+    if args.weights and (args.data or args.video) and args.row is None:
+        refuse_toy_row(args.model, args.module)
     recipe_parser = argparse.ArgumentParser(usage=parser.usage, allow_abbrev=False)
     add_recipe_flags(recipe_parser, recipe)
     given = vars(recipe_parser.parse_args(others))

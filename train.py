@@ -819,11 +819,9 @@ def parse_arguments():
             row = "toy"
         pages = (data.RECIPE, evaluate.RECIPE, RECIPE)
         module, recipe = evaluate.open_model(known.model, row, pages)
-        row = row or next(iter(module.RECIPES))
-        if row == "toy" and known.data is not None and known.row is None:
-            raise ValueError(f"--model {known.model}: the first row of its RECIPES is toy, whose "
-                             "settings are for the toy videos; put a row for real data before it, "
-                             "or pass --recipe toy")
+        if row is None:
+            evaluate.refuse_toy_row(known.model, module)
+            row = next(iter(module.RECIPES))
         evaluate.add_recipe_flags(parser, recipe)
     add("-h", "--help", action="help")
     args = parser.parse_args()
