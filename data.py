@@ -1464,7 +1464,7 @@ def remove_leftovers(folder, pattern):
         with contextlib.suppress(OSError):  # another process may remove it too
             # a folder is changed by each new file in it, but not by files further down
             changes = [part.stat().st_mtime]
-            changes += [os.path.getmtime(folder) for folder, _, _ in os.walk(part)]
+            changes += [os.path.getmtime(inner) for inner, _, _ in os.walk(part)]
             if time.time() - max(changes) < 3600:
                 continue
             if part.is_dir():
