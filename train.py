@@ -388,10 +388,10 @@ def class_weights(counts, kind):
 def load_init(module, model, recipe, categories):
     """Load the weights that the recipe's init names; returns a text that says what was read.
 
-    Three kinds of tensors may keep their initial values: a classifier of other classes, linear
-    layers and their biases whose size depends on the number of frames, and whole parts that the
-    file lacks, such as TIN's small networks in a file of TSM. Any other mismatch raises a
-    ValueError: that part of the network would be silently trained from scratch.
+    Three kinds of tensors may keep their initial values: a classifier of other classes, tensors of
+    at most two dimensions that differ in size (meant for linear layers whose size depends on the
+    number of frames), and whole parts that the file lacks, such as TIN's small networks in a file
+    of TSM. Any other mismatch raises a ValueError: that part of the network would be silently trained from scratch.
     """
     init = recipe["init"]
     if init == "none":
@@ -421,8 +421,8 @@ def load_init(module, model, recipe, categories):
     parts = {key.split(".")[0] for key in fitting}
     for key, problem in problems.items():
         missing_part = key not in theirs and key.split(".")[0] not in parts
-        linear = key in theirs and key in ours and ours[key].dim() <= 2
-        if not (key in classifier or missing_part or linear):
+        at_most_2d = key in theirs and key in ours and ours[key].dim() <= 2
+        if not (key in classifier or missing_part or at_most_2d):
             raise ValueError(f"--init {init}: {problem}; the file belongs to another network or "
                              "size")
     if len(fitting) < 0.4 * len(ours):  # one SlowFast pathway has nearly half of the tensors
@@ -534,7 +534,7 @@ def find_checkpoint(last, resume, config):
     if config["list_hash"] != theirs["list_hash"]:
         raise ValueError(f"{last}: was trained on another list, of {theirs['videos']} videos; the "
                          f"list here has {config['videos']}{hint}")
-    if config["val_hash"] != theirs.get("val_hash", config["val_hash"]):  # files of old lack it
+    if config["val_hash"] != theirs.get("val_hash", config["val_hash"]):  # older ones lack it
         raise ValueError(f"{last}: was validated on another val.txt, of {theirs['val_videos']} "
                          f"videos; the list here has {config['val_videos']}, so its best mAP "
                          f"would not compare{hint}")
@@ -572,12 +572,13 @@ class Log:
     """OUT/log.jsonl: each line is a dict as JSON.
 
     A new run creates the file before its first step, and fails if it is there already, so that two
-    runs cannot share a folder. A run that ends before its first line leaves no file behind.
+    runs cannot share a folder. A run that ends before its first line leaves no file behind, unless
+    it is killed: then --resume starts it.
     """
 
     def __init__(self, out, resume, step, validated):
-        """Make the folder. A resumed run drops from it what the stopped run wrote after its last
-        checkpoint."""
+        """Make the folder. A resumed run removes unfinished files, and the log's lines that are
+        later than last.pt."""
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "log.jsonl"
         if not (resume and self.path.exists()):
@@ -586,7 +587,7 @@ class Log:
             except FileExistsError:
                 raise ValueError(f"{self.path}: a run is there already; continue it with --resume, "
                                  "or name another --out") from None
-        weakref.finalize(self, remove_empty, self.path)  # when the run ends, however it does
+        weakref.finalize(self, remove_empty, self.path)  # also after an error or Ctrl-C
         if not resume:
             return
 
@@ -616,7 +617,7 @@ def remove_empty(path):
 
 
 class Meter:
-    """What has been measured since the last line of the log."""
+    """What has been measured since the last line of steps in the log, validations left out."""
 
     def __init__(self, batch, world):
         self.batch = batch
@@ -641,11 +642,12 @@ class Meter:
         if self.world > 1:
             dist.all_reduce(losses)
             losses /= self.world
+        losses = losses.tolist()  # waits for the GPU, whose work belongs into the time
         seconds = time.time() - self.start
         line = {
             "epoch": epoch,
             "step": step,
-            "loss": sum(losses.tolist()) / len(losses),
+            "loss": sum(losses) / len(losses),
             "lr": lr,
             "grad_norm": grad_norm.item(),
             "clips_per_s": len(losses) * self.batch / seconds,
@@ -684,9 +686,9 @@ def print_step(line, recipe, total, device):
 def check_videos(videos, val_videos, recipe, world):
     """ValueError if the lists cannot be used with this recipe by so many processes."""
     batch = recipe["batch"]
-    for unlabelled in (videos, val_videos):
-        if len(unlabelled.label_ids) == 0:
-            raise ValueError(f"{unlabelled.file}: no video has a label; training needs labels, and "
+    for listed in (videos, val_videos):
+        if len(listed.label_ids) == 0:
+            raise ValueError(f"{listed.file}: no video has a label; training needs labels, and "
                              "validation, to find the best epoch")
     if recipe["loss"] == "ce":
         for row in range(len(videos)):
@@ -753,7 +755,7 @@ def print_plan(args, device, world, model, videos, val_videos, steps_per_epoch, 
 
 
 def odd_settings(args, videos, val_videos, steps_per_epoch, total):
-    """What is odd about a run: sentences that name a remedy."""
+    """What is odd about a run: sentences, with a remedy where there is one."""
     recipe = args.recipe
     notes = []
     if total < 100:
