@@ -1026,7 +1026,7 @@ def extract_videos(videos, files, frames_dir, split, workers, pack, listed):
     folders = set()
     for video in videos:
         folders.update(parent.as_posix() for parent in Path(video.path).parents)
-    # a list reads "\\" as "/", so no line can name these files
+    # a list reads "\" as "/", so no line can name these files
     unlistable = {key.replace("\\", "/") for key in files if "\\" in key}
 
     def work(row):

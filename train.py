@@ -391,7 +391,8 @@ def load_init(module, model, recipe, categories):
     Three kinds of tensors may keep their initial values: a classifier of other classes, tensors of
     at most two dimensions that differ in size (meant for linear layers whose size depends on the
     number of frames), and whole parts that the file lacks, such as TIN's small networks in a file
-    of TSM. Any other mismatch raises a ValueError: that part of the network would be silently trained from scratch.
+    of TSM. Any other mismatch raises a ValueError: that part of the network would be silently
+    trained from scratch.
     """
     init = recipe["init"]
     if init == "none":
