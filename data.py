@@ -1022,7 +1022,7 @@ def extract_videos(videos, files, frames_dir, split, workers, pack, listed):
     remove_leftovers(frames_dir.parent, "*.txt.part-*")
     temporary = frames_dir / f".part-{split}-{own_name()}"
     temporary.mkdir()
-    kept = []
+    kept_paths = []  # extracted earlier
     folders = set()
     for video in videos:
         folders.update(parent.as_posix() for parent in Path(video.path).parents)
@@ -1051,7 +1051,7 @@ def extract_videos(videos, files, frames_dir, split, workers, pack, listed):
                        "lists, copy its line")
         count = current_frames(final, files.get(key))
         if count > 0:
-            kept.append(path)
+            kept_paths.append(path)
             return count, None
         if key not in files and path in unlistable:
             return 0, "no list line can hold the name of this file: rename it"
@@ -1077,9 +1077,9 @@ def extract_videos(videos, files, frames_dir, split, workers, pack, listed):
         pool.shutdown(cancel_futures=True)
         shutil.rmtree(temporary, ignore_errors=True)
 
-    if kept:
-        print(f"{len(kept)} of {len(videos)} videos were extracted earlier; their frames are kept",
-              file=sys.stderr)
+    if kept_paths:
+        print(f"{len(kept_paths)} of {len(videos)} videos were extracted earlier; their frames are "
+              "kept", file=sys.stderr)
     return extracted, failed
 
 
@@ -1117,7 +1117,8 @@ def current_frames(final, file):
 
 
 def put_frames(folder, final, pack):
-    """Give a folder of new frames, or with pack their zip, its name. Older frames make way."""
+    """Move a folder of new frames, or with pack their zip, to its place `final`. Frames that an
+    earlier extraction left there are moved away."""
     has_frames = (final / FRAME.format(1)).exists()
     if final.is_dir() and (has_frames or not pack):
         if any(entry.is_dir() or entry.name.endswith(".zip") for entry in os.scandir(final)):

@@ -793,7 +793,7 @@ def compile_network(model):
     usual = {"darwin": "clang++", "win32": "cl"}
     compiler = os.environ.get("CXX", usual.get(sys.platform, "g++"))
     if shutil.which(compiler) is None:
-        raise ValueError(f"--compile: torch.compile needs a C++ compiler, and {compiler} is "
+        raise ValueError(f"--compile: torch.compile needs a C++ compiler, and '{compiler}' is "
                          "missing; install it (Debian: apt install g++), name another one in the "
                          "variable CXX, or leave out --compile")
     return torch.compile(model)

@@ -442,7 +442,10 @@ def load_init(module, model, recipe, categories):
 
 def imagenet_weights(recipe):
     """torchvision's ImageNet weights for the recipe's ResNet."""
-    backbone = recipe.get("backbone", "weights for this network")
+    if "backbone" not in recipe:
+        raise ValueError("--init imagenet: torchvision has no weights for this network; name a "
+                         "file, or none")
+    backbone = recipe["backbone"]
     try:
         weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
     except ValueError:
@@ -732,9 +735,9 @@ def print_plan(args, device, world, model, videos, val_videos, steps_per_epoch, 
     print(data.describe_videos(videos))
     print(data.describe_videos(val_videos))
 
-    classes_per_label = len(videos.categories) * len(videos) / max(videos.class_counts.sum(), 1)
+    labels_per_video = videos.class_counts.sum() / len(videos)
     print(f"loss {recipe['loss']}, scale {recipe['loss_scale']:g}; classes / labels per video: "
-          f"{classes_per_label:.1f}")
+          f"{len(videos.categories) / labels_per_video:.1f}")
     batch = recipe["batch"]
     reference = recipe["reference_batch"]
     print(f"batch {batch} = {world} processes x {batch // world} clips; "

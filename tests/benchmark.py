@@ -48,16 +48,21 @@ def timer(call):
     return Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
 
 
+def milliseconds(times):
+    return f"{1000 * times.median:,.1f} ± {1000 * times.iqr:,.1f} ms"
+
+
 def compare(args, row, work, reference, ours, theirs):
     """Print the median times of ours() and theirs(), the quartiles' distance, and our speed as a
     multiple of the reference's. A wide distance means that the machine was busy."""
     seconds = 0.01 if args.tiny else 5
     our_times = timer(ours).blocked_autorange(min_run_time=seconds)
     their_times = timer(theirs).blocked_autorange(min_run_time=seconds)
-    print_row(row, work, reference,
-              f"{1000 * their_times.median:,.1f} ± {1000 * their_times.iqr:,.1f} ms",
-              f"{1000 * our_times.median:,.1f} ± {1000 * our_times.iqr:,.1f} ms",
+    print_row(row, work, reference, milliseconds(their_times), milliseconds(our_times),
               f"{their_times.median / our_times.median:.2f}")
+
+
+RESNET50 = {"tsn": dict(backbone="resnet50", frames=8), "slowfast": dict(depth=50)}
 
 
 def report_recipe(name, tiny):
@@ -66,18 +71,13 @@ def report_recipe(name, tiny):
     if tiny:
         return evaluate.open_model(name, "toy", pages)
     module, recipe = evaluate.open_model(name, None, pages)
-    if name == "tsn":
-        recipe.update(backbone="resnet50", frames=8)
-    if name == "slowfast":
-        recipe.update(depth=50)
+    recipe.update(RESNET50.get(name, {}))  # the first row of the others is one
     return module, recipe
 
 
-def draw_frames(folder):
-    """A data folder of six videos of 90 frames, 426x320 pixels, in which coloured clouds drift. A
-    frame takes about 23 kB. Drawn once."""
-    if folder.exists():
-        return folder
+def draw_videos(folder):
+    """A list of six videos of 90 frames, 426x320 pixels, in which coloured clouds drift. A frame
+    takes about 23 kB."""
     lines = []
     for number in range(6):
         grain = np.random.default_rng(number).integers(0, 256, (20, 20, 3), np.uint8)
@@ -86,26 +86,38 @@ def draw_frames(folder):
         lines.append(data.write_video(folder, str(number), frames, [number]))
     data.write_lines(folder / "train.txt", lines)
     data.write_lines(folder / "categories.txt", [f"class {k}" for k in range(CLASSES)])
-    return folder
+    return data.VideoList(folder, "train")
 
 
-def random_clips(recipe, size, device):
+def random_clips(args, recipe, size):
     shape = (size, recipe["frames"], recipe["crop"], recipe["crop"], 3)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, device=args.device)
 
 
-def make_step(model, recipe, clips, amp="off", channels_last=False):
+def make_step(args, model, recipe, size, amp="off", channels_last=False):
     """A step of train.py as a function. The learning rate is 0, so all steps are alike."""
-    labels = (torch.rand(len(clips), CLASSES, device=clips.device) < 1.96 / CLASSES).float()
-    optimizer, scaler = train.make_optimizer(model, recipe, clips.device, amp)
+    clips = random_clips(args, recipe, size)
+    labels = torch.zeros(size, CLASSES, device=args.device)
+    optimizer, scaler = train.make_optimizer(model, recipe, args.device, amp)
     optimizer.param_groups[0]["lr"] = 0.0
-    autocast = evaluate.make_autocast(clips.device, amp)
+    autocast = evaluate.make_autocast(args.device, amp)
 
     def step():
         x = data.normalise(clips, recipe["mean"], recipe["std"], channels_last)
         train.train_step(model, x, labels, optimizer, scaler, recipe, None, autocast)
 
     return step
+
+
+def build_step(args, name, size=2, amp="off", channels_last=False, compiled=False):
+    """A network's training step, and the network."""
+    module, recipe = report_recipe(name, args.tiny)
+    with args.device:  # the first weights are drawn on the GPU
+        model = module.build(recipe, CLASSES).train()
+    if channels_last:
+        evaluate.use_channels_last(model)
+    net = torch.compile(model) if compiled else model
+    return make_step(args, net, recipe, size, amp, channels_last), model
 
 
 # ---- CPU: ours beside a reference --------------------------------------------------------------
@@ -121,21 +133,20 @@ def keep_memory():
 
 def compare_clips(args):
     """24 training clips, on one core; the reference decodes as many frames."""
-    videos = data.VideoList(draw_frames(args.folder / "frames"), "train")
-    files = sorted(videos.frames_dir.rglob("*.jpg"))
+    files = sorted(args.videos.frames_dir.rglob("*.jpg"))
     _, image = report_recipe("tsm", args.tiny)
     _, video = report_recipe("slowfast", args.tiny)
     count = 2 if args.tiny else 24
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for recipe in [image, video, {**video, "draft": True}]:
-        clips = data.TrainClips(videos, recipe, seed=0)
+        clips = data.TrainClips(args.videos, recipe, seed=0)
         side = recipe["crop"]
         chosen = np.random.default_rng(0).choice(files, count * recipe["frames"])
 
         def ours():
             for i in range(count):
-                clips[i, i % len(videos)]
+                clips[i, i % len(args.videos)]
 
         def decode_and_resize():
             for file in chosen:
@@ -149,15 +160,11 @@ def compare_clips(args):
 
 def compare_operators(args):
     """Forward and backward on features as after ResNet-50's first stage, 8 frames a video."""
-    shape = (8, 256, 56, 56)  # B*T, C, H, W
-    dtype = torch.float32
-    if args.gpu:
-        shape = (32 * 8, 256, 56, 56)
-        dtype = torch.bfloat16
-    if args.tiny:
-        shape = (8, 256, 4, 4)
-    x = torch.randn(shape, device=args.device, dtype=dtype).requires_grad_()
-    interlace = tin.TemporalInterlace(256, frames=8).to(args.device)
+    videos = 32 if args.gpu else 1
+    side = 4 if args.tiny else 56
+    dtype = torch.bfloat16 if args.gpu else torch.float32
+    shape = (8 * videos, 256, side, side)  # B*T, C, H, W
+    x = torch.randn(shape, device=args.device, dtype=dtype, requires_grad=True)
 
     def run(operator):
         x.grad = None
@@ -168,18 +175,10 @@ def compare_operators(args):
     def shift(x):
         return tsm.temporal_shift(x.unflatten(0, (-1, 8)))
 
-    work = f"{' x '.join(map(str, shape))}, forward and backward"
-    clone = functools.partial(run, torch.clone)
-    compare(args, "shift", work, "x.clone()", functools.partial(run, shift), clone)
-    compare(args, "interlace", work, "x.clone()", functools.partial(run, interlace), clone)
-
-
-def build_step(args, name):
-    """A network's training step in float32 for two clips, and the network."""
-    module, recipe = report_recipe(name, args.tiny)
-    recipe["dropout"] = 0.0
-    model = module.build(recipe, CLASSES).train()
-    return make_step(model, recipe, random_clips(recipe, 2, args.device)), model
+    interlace = tin.TemporalInterlace(256, frames=8).to(args.device)
+    for row, operator in [("shift", shift), ("interlace", interlace)]:
+        compare(args, row, f"{' x '.join(map(str, shape))}, forward and backward", "x.clone()",
+                functools.partial(run, operator), functools.partial(run, torch.clone))
 
 
 def compare_steps(args):
@@ -192,7 +191,7 @@ def compare_steps(args):
         torch.nn.AvgPool2d((frames, 1)),  # the mean over frames
         torch.nn.Flatten(),
     )
-    plain_step = make_step(plain, recipe, random_clips(recipe, 2, args.device))
+    plain_step = make_step(args, plain, recipe, size=2)
     tsn_step, _ = build_step(args, "tsn")
     compare(args, "tsn", "training step, 2 clips", "torchvision's ResNet", tsn_step, plain_step)
     for name in ["tsm", "tin"]:
@@ -235,16 +234,15 @@ def compare_map(args):
 
 def compare_extraction(args):
     """A video of 90 frames."""
-    frames = draw_frames(args.folder / "frames") / "frames" / "0" / "img_%05d.jpg"
-    videos = args.folder / "videos"
-    videos.mkdir()
-    video = videos / "video.mp4"
+    folder = Path(tempfile.mkdtemp(dir=args.folder))
+    video = folder / "video.mp4"
+    frames = args.videos.frames_dir / "0" / "img_%05d.jpg"
     ffmpeg = ["ffmpeg", "-nostdin", "-v", "error", "-threads", "1"]
     subprocess.run([*ffmpeg, "-i", frames, video], check=True)
 
     def ours():
         out = tempfile.mkdtemp(dir=args.folder)
-        data.extract(videos, out, "train", workers=1, pack=True)
+        data.extract(folder, out, "train", workers=1, pack=True)
 
     def ffmpeg_alone():
         out = Path(tempfile.mkdtemp(dir=args.folder))
@@ -260,20 +258,18 @@ def compare_views(args):
     if args.tiny:
         recipe.update(clips=1)
     protocol = evaluate.make_protocol(recipe, "multiscale")
-    videos = data.VideoList(draw_frames(args.folder / "frames"), "train")
-    views = evaluate.VideoViews(videos, recipe, protocol)
+    views = evaluate.VideoViews(args.videos, recipe, protocol)
     model = module.build(recipe, CLASSES).eval()
+
+    def ours():
+        _, scales = evaluate.stack_views([views[0]])  # a batch of one video
+        evaluate.score_views(model, scales, recipe, args.device)
 
     # what the network is given, without the video
     parts = []
-    for _, side in protocol["sizes"]:
-        clips = torch.randn(3 * recipe["clips"], recipe["frames"], 3, side, side)
-        parts += clips.split(16)
-
-    def ours():
-        _, scales = views[0]
-        scales = [scale[None] for scale in scales]  # a batch of one video
-        evaluate.score_views(model, scales, recipe, torch.device("cpu"))
+    _, scales = views[0]
+    for clips in scales:
+        parts += data.normalise(clips, recipe["mean"], recipe["std"]).split(16)
 
     @torch.no_grad()
     def forward_passes():
@@ -292,82 +288,66 @@ SETTINGS = [  # train.py's --amp, --channels-last, --compile
     ("bf16", True, False),
     ("bf16", True, True),  # compiling takes a minute a network
 ]
+SIZES = {"tsn": 32, "trn": 32, "tsm": 32, "tin": 32, "slowfast": 64}  # clips
 
 
 def time_networks(args):
     print_head("Networks", "network", "--amp", "--channels-last", "--compile", "clips",
                "training clips/s", "x TSN's step", "peak GiB", "evaluation clips/s")
-    settings = SETTINGS
-    names = ["tsn", "trn", "tsm", "tin", "slowfast"]
-    if args.tiny:
-        settings = SETTINGS[:1]
-        names = ["tsn", "slowfast"]
-    for setting in settings:
+    for setting in SETTINGS[:1] if args.tiny else SETTINGS:
         tsn_seconds = None
-        for name in names:
-            seconds, cells = time_network(args, name, *setting)
+        for name in SIZES:
+            seconds = time_network(args, name, tsn_seconds, *setting)
             if name == "tsn":
                 tsn_seconds = seconds
-            multiple = f"{seconds / tsn_seconds:.2f}"
-            if name == "slowfast":  # its clips are others
-                multiple = "-"
-            clips, rate, memory, evaluation = cells
-            print_row(name, *setting, clips, rate, multiple, memory, evaluation)
 
 
-def time_network(args, name, amp, channels_last, compiled):
-    """A training step, and scoring every clip as the one view of a video."""
-    module, recipe = report_recipe(name, args.tiny)
-    size = 64 if name == "slowfast" else 32
-    turns = 10
-    if args.tiny:
-        size = 2
-        turns = 1
-    clips = random_clips(recipe, size, args.device)
-    with args.device:  # the first weights are drawn on the GPU
-        model = module.build(recipe, CLASSES).train()
-    if channels_last:
-        evaluate.use_channels_last(model)
-    net = model
-    if compiled:
-        net = torch.compile(model)
-
-    step = make_step(net, recipe, clips, amp, channels_last)
+def time_network(args, name, tsn_seconds, amp, channels_last, compiled):
+    """Print the figures of a training step, and of scoring every clip as the one view of a video
+    -> the step's seconds."""
+    size = 2 if args.tiny else SIZES[name]
+    turns = 1 if args.tiny else 10
+    step, model = build_step(args, name, size, amp, channels_last, compiled)
     step()  # cuDNN tries its algorithms, and some need more memory
+    memory = "-"
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = timer(step).timeit(turns).mean
-    memory = "-"
     if args.device.type == "cuda":
         memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
+    multiple = "-"  # SlowFast's clips are others
+    if name != "slowfast":
+        multiple = f"{seconds / (tsn_seconds or seconds):.2f}"
 
     evaluation = "-"  # compiling once more would take too long
+    _, recipe = report_recipe(name, args.tiny)
+    clips = random_clips(args, recipe, size)
     if not compiled:
         score = functools.partial(
             evaluate.score_views, model.eval(), [clips[:, None]], recipe, args.device, size,
             evaluate.make_autocast(args.device, amp), channels_last)
         evaluation = f"{size / timer(score).timeit(turns).mean:,.0f}"
-    shape = " x ".join(map(str, clips.shape[:4]))
-    return seconds, (shape, f"{size / seconds:,.0f}", memory, evaluation)
+    print_row(name, amp, channels_last, compiled, " x ".join(map(str, clips.shape[:4])),
+              f"{size / seconds:,.0f}", multiple, memory, evaluation)
+    return seconds
 
 
 def time_loaders(args):
     """Training clips a second, counted once all workers are at work."""
     print_head("Clips a second from the loader", "workers", "8 x 224", "32 x 112")
-    videos = data.VideoList(draw_frames(args.folder / "frames"), "train")
     batch = 4
     batches = 1 if args.tiny else 12  # of each worker
     for workers in [1] if args.tiny else [1, 4, 8, 16]:
         rates = []
         for name in ["tsm", "slowfast"]:
             _, recipe = report_recipe(name, args.tiny)
-            clips = data.TrainClips(videos, recipe, seed=0)
-            rows = [(0, i % len(videos)) for i in range(batch * workers * (1 + batches))]
+            clips = data.TrainClips(args.videos, recipe, seed=0)
+            rows = [(0, i % len(args.videos)) for i in range(batch * workers * (1 + batches))]
             loader = torch.utils.data.DataLoader(clips, batch, sampler=rows, num_workers=workers,
                                                  pin_memory=args.device.type == "cuda")
-            arrivals = [time.perf_counter() for _ in data.load(loader)]
-            counted = arrivals[workers - 1 :]
-            rates.append(f"{batch * (len(counted) - 1) / (counted[-1] - counted[0]):,.0f}")
+            arrivals = [time.perf_counter() for _ in data.load(loader)][workers - 1 :]
+            seconds = arrivals[-1] - arrivals[0]
+            rates.append(f"{batch * (len(arrivals) - 1) / seconds:,.0f}")
         print_row(workers, *rates)
 
 
@@ -398,20 +378,18 @@ def main():
     print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
           f"Python {sys.version.split()[0]}, torch {torch.__version__}")
     args.device = torch.device("cpu")
-    rows = CPU_ROWS
-    if args.gpu:
-        rows = GPU_ROWS
-        torch.backends.cudnn.benchmark = True  # as in train.py
     if args.gpu and torch.cuda.is_available():
         args.device = torch.device("cuda")
+        torch.backends.cudnn.benchmark = True  # as in train.py
         print(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
-    if not args.gpu:
+    else:
         keep_memory()
     print_head("Ours beside a reference", "row", "work", "reference", "its time", "our time",
                "our speed / its speed")
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)
-        for name in args.only or rows:
+        args.videos = draw_videos(args.folder / "data")
+        for name in args.only or (GPU_ROWS if args.gpu else CPU_ROWS):
             ROWS[name](args)
 
 

@@ -97,13 +97,10 @@ def python(file, *arguments, cwd=None, timeout=300, **environ):
                           env={**os.environ, **{key: str(value) for key, value in environ.items()}})
 
 
-def torchrun(processes, file, *arguments, cwd=None, timeout=300, **environ):
+def torchrun(processes, file, *arguments, **options):
     """The same by several processes, as torchrun starts them."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes),
-                "--master-port", str(free_port())]
-    command = [sys.executable, *launcher, str(file), *[str(argument) for argument in arguments]]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, **{key: str(value) for key, value in environ.items()}})
+    return python("-m", "torch.distributed.run", "--nproc-per-node", processes,
+                  "--master-port", free_port(), file, *arguments, **options)
 
 
 def free_port():
@@ -218,7 +215,6 @@ def drawn_clip(shape, seed):
 def golden(name):
     """The case tests/golden/NAME.npz.
 
-    .module       the name of our model file
     .options      of our constructor
     .checkpoint   the authors' file, as read
     .tensors      its tensors by name, without container and wrapper: what convert() is given
@@ -238,22 +234,27 @@ def golden(name):
     if container:
         checkpoint = {container: checkpoint, "epoch": 1}
 
-    # two options are called by older names in the files
-    module = meta["ours"]["module"]
-    options = meta["ours"]["options"]
-    if "segments" in options:
-        options["frames"] = options.pop("segments")
-    if "depth" in options and module != "slowfast":
-        options["backbone"] = f"resnet{options.pop('depth')}"
-
     return SimpleNamespace(
-        module=module,
-        options=options,
+        options=golden_options(name),
         checkpoint=checkpoint,
         tensors=tensors,
         clip=drawn_clip(meta["input_shape"], meta["input_seed"]),
         arrays=arrays,
     )
+
+
+def golden_options(name):
+    """The options of a case alone, which are quickly read."""
+    with np.load(ROOT / "tests" / "golden" / f"{name}.npz") as file:
+        ours = json.loads(str(file["meta"]))["ours"]
+
+    # two options are called by older names in the files
+    options = ours["options"]
+    if "segments" in options:
+        options["frames"] = options.pop("segments")
+    if "depth" in options and ours["module"] != "slowfast":
+        options["backbone"] = f"resnet{options.pop('depth')}"
+    return options
 
 
 def golden_names(module):

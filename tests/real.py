@@ -226,7 +226,8 @@ def print_claims(folders):
         cells = []
         for out in folders:
             better = read_maps(out, name)
-            worse = [maps for maps in (read_maps(out, other) for other in others) if maps]
+            worse = [read_maps(out, other) for other in others]
+            worse = [maps for maps in worse if maps]  # those that were run
             if better and worse:
                 worse = max(worse, key=np.mean)
                 text = f"{mean_and_spread(better)}, {mean_and_spread(worse)}"

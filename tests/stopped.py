@@ -1,11 +1,11 @@
-"""python stopped.py train.py ...: the script, ended by a signal in the middle of a call.
+"""python stopped.py SIGNAL PLACE CALL RANK START train.py ...: the script, ended by a signal.
 
-STOPS in the environment, a JSON list, says where: in the first start, in torchrun's first restart,
-and so on. A stop is {"rank": which process, "place": see PLACES, "call": which call (1, 2, ...),
-"signal": its name}. Ctrl-C reaches the loader's workers too, as in a terminal. START: how the
-workers are started.
+SIGNAL  its name; SIGINT is Ctrl-C, which in a terminal reaches the loader's workers too
+PLACE   the function in whose call the signal comes: step, validation or save
+CALL    which call of it (1, 2, ...)
+RANK    of which process; torchrun's first restart is stopped in the same way, later ones are not
+START   how the loader's workers are started: fork, spawn or forkserver
 """
-import json
 import multiprocessing
 import os
 import runpy
@@ -35,26 +35,24 @@ def stop_in(place, call, signal_name):
         if len(calls) == call:
             if place == "save":
                 arguments[1].write_bytes(b"half of a checkpoint")
+            process = os.getpid()
             if signal_name == "SIGINT":
-                os.kill(0, signal.SIGINT)  # 0: the process group
-            else:
-                os.kill(os.getpid(), signal.Signals[signal_name])
+                process = 0  # the process group
+            os.kill(process, signal.Signals[signal_name])
         return function(*arguments, **options)
 
     setattr(module, name, stopping)
 
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method(os.environ.get("START", "fork"))
-    start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    stops = json.loads(os.environ["STOPS"])
-    if start < len(stops):
-        stop = stops[start]
-        if stop["signal"] == "SIGINT":
-            os.setpgrp()
-            # A shell that starts pytest in the background has it ignore Ctrl-C.
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        if stop["rank"] == int(os.environ.get("RANK", 0)):
-            stop_in(stop["place"], stop["call"], stop["signal"])
-    del sys.argv[0]
+    signal_name, place, call, rank, start = sys.argv[1:6]
+    multiprocessing.set_start_method(start)
+    if signal_name == "SIGINT":
+        os.setpgrp()
+        # A shell that starts pytest in the background has it ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if restarts < 2 and rank == os.environ.get("RANK", "0"):
+        stop_in(place, int(call), signal_name)
+    del sys.argv[:6]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -49,27 +49,6 @@ def test_a_lateral_by_hand():
 
 
 @torch.no_grad()
-def test_a_lateral_with_norm_is_a_naive_loop():
-    lateral = fill(slowfast.Lateral(2, kernel=5, alpha=4, norm=True).eval())
-    slow = torch.ones(1, 3, 3, 1, 1)
-    fast = drawn_clip((1, 12, 2, 1, 1), seed=1).transpose(1, 2)
-
-    expected = torch.zeros(4, 3)  # (2c, T / alpha)
-    for i in range(3):
-        for k in range(5):
-            frame = 4 * i + k - 2
-            if 0 <= frame < 12:
-                expected[:, i] += lateral.conv.weight[:, :, k, 0, 0] @ fast[0, :, frame, 0, 0]
-
-        # batch norm and ReLU
-        bn = lateral.bn
-        normal = (expected[:, i] - bn.running_mean) / torch.sqrt(bn.running_var + 1e-5)
-        expected[:, i] = (bn.weight * normal + bn.bias).clamp(min=0)
-
-    close(lateral(slow, fast)[0, 3:, :, 0, 0], expected, 1e-5)
-
-
-@torch.no_grad()
 def test_alpha_overrides_the_variants_own():
     model = fill(shapes_only(10, "slowfast_8x8", depth=14, alpha=8))
     other = fill(shapes_only(10, "slowfast_4x16", depth=14))
@@ -77,16 +56,6 @@ def test_alpha_overrides_the_variants_own():
     assert torch.equal(model(clip), other(clip))
     with pytest.raises(ValueError, match="multiple of 8, got 12"):
         model(clip[:, :12])
-
-
-@pytest.mark.parametrize("option, value, known", [
-    ("variant", "slowfast_16x8", "slowfast_8x8, slowfast_11x8, slowfast_4x16, fast_32x2"),
-    ("depth", 18, "14, 50, 101, 152, 200"),
-    ("slow_index", "nearest", "stride, linspace"),
-])
-def test_an_unknown_option_is_refused_with_the_known_ones(option, value, known):
-    with pytest.raises(ValueError, match=f"no {option} {value!r}, only {known}"):
-        shapes_only(10, **{option: value})
 
 
 REPORT = dict(num_classes=313)
@@ -166,9 +135,8 @@ def test_caffe2_files_lack_axes_and_hold_the_optimiser():
 @pytest.mark.parametrize("row, flags, advice", [
     ("r101_8x8", dict(variant="slow_8x8"), "--frames 8 --stride 8"),
     ("r101_8x8", dict(variant="slowfast_11x8"), "--frames 44 --stride 2"),
-    ("r101_8x8", dict(variant="fast_16x2"), "--frames 16 --stride 2"),
+    ("r101_8x8", dict(variant="slowfast_8x8", alpha=16), "--frames 128 --stride 1"),
     ("r101_8x8", dict(variant="slow_8x8", frames=8), "--frames 8 --stride 8"),
-    ("r101_8x8", dict(variant="slow_8x8", frames=8, stride=8), None),
     ("r101_8x8", dict(variant="slow_8x8", frames=32, stride=2), None),  # chosen
     ("r101_8x8", dict(variant="slowfast_4x16"), None),  # 4 x alpha 8 frames of stride 16 / 8
     ("r101_slow_8x8", dict(variant="slow_8x8"), None),

@@ -177,7 +177,7 @@ def draw_tsm(image, left):
 def draw_tin(image, left):
     caption = [
         "1/4 of the channels move",
-        "by distances computed",
+        "by offsets computed",
         "from the clip, here +0.5,",
         "+1.75, -0.5, -1.75 frames.",
     ]
@@ -206,7 +206,7 @@ def draw_slowfast(image, left):
         "Fast pathway: all frames,",
         "few channels. Slow: every",
         "4th frame, many channels,",
-        "plus 5 fast frames each.",
+        "each with fast frames.",
     ]
     draw_frame(image, left, "SlowFast", caption, "", 16 * 18)
     seen, added = slowfast_arrivals()
@@ -214,7 +214,7 @@ def draw_slowfast(image, left):
     draw_grid(image, left, GRID + 34, 18, 40, impulses(16, 1).flatten(2))
     write(image, left, GRID + 112, "the slow pathway sees")
     draw_grid(image, left, GRID + 130, 18, 84, at_own_time(seen.sum(dim=1, keepdim=True)))
-    write(image, left, GRID + 252, "added to each slow frame")
+    write(image, left, GRID + 252, "each slow frame also gets")
     draw_grid(image, left, GRID + 270, 18, 52, at_own_time(added))
     for number, frame in enumerate(seen.argmax(dim=0).tolist()):
         write(image, left - 14, GRID + 294 + 52 * number, FRAMES[frame], anchor="rm")
@@ -225,7 +225,7 @@ def picture():
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     for number, draw_panel in enumerate([draw_tsn, draw_tsm, draw_tin, draw_trn, draw_slowfast]):
         draw_panel(image, number * PANEL + MARGIN)
-    legend = "Each colour is a frame: it shows where that frame's values arrive, and in what share."
+    legend = "Each letter is a frame: it shows where that frame's values arrive, and in what share."
     write(image, MARGIN, LEGEND, legend + " In light grey cells nothing arrives.", 26)
     return image
 

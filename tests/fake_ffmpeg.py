@@ -1,0 +1,32 @@
+"""Takes the place of ffmpeg in test_data.py: it decodes no video, but does what the video's text
+says. An empty text: it writes two frames."""
+import os
+import signal
+import sys
+from pathlib import Path
+
+video = sys.argv[sys.argv.index("-i") + 1]
+text = Path(video.removeprefix("file:")).read_text()
+if text == "no frame":
+    sys.exit(0)
+
+Path("img_00001.jpg").touch()
+if text == "get killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+elif text == "get stopped":
+    sys.exit(255)  # as ffmpeg does after a signal that it handles
+elif text == "fail":
+    sys.exit(1)
+elif text == "fail without a session of its own":
+    if os.getsid(0) != os.getpid():
+        sys.exit(1)
+elif text == "fill the disk":
+    print("av_interleaved_write_frame(): No space left on device", file=sys.stderr)
+    sys.exit(0)
+elif text == "kill the parent":
+    os.kill(os.getppid(), signal.SIGKILL)
+    sys.exit(0)
+elif text != "":
+    raise ValueError(f"no such instruction: {text}")
+
+Path("img_00002.jpg").touch()
