@@ -48,6 +48,22 @@ def test_parameters_of_every_row(module, parameters):
         assert model(clip).shape == (1, 313)
 
 
+# The figures that the report's text gives, in its sections on training and on results.
+BOTH = dict(loss="bce", loss_scale=160, momentum=0.9, dropout=0.5, flip=True)
+IMAGE = dict(lr=0.01, schedule="step", milestones=(10, 20), weight_decay=5e-4,
+             clips=5, scales=(256,))
+VIDEO = dict(lr=0.2, schedule="cosine", iterations=180_000, weight_decay=1e-4, batch=1024,
+             sync_bn=True, jitter=(128, 160), crop=112, clips=10, scales=(128, 144, 160))
+
+
+@pytest.mark.parametrize("name", ["tsn", "trn", "tsm", "tin", "slowfast"])
+def test_settings_are_the_reports(name):
+    _, recipe = evaluate.open_model(name)  # the first row over the defaults
+    recipe = {**train.RECIPE, **recipe}
+    expected = {**BOTH, **(VIDEO if name == "slowfast" else IMAGE)}
+    assert {key: recipe[key] for key in expected} == expected
+
+
 @pytest.mark.parametrize("module", MODELS)
 def test_build_hands_every_option_of_a_row_to_the_constructor(module, monkeypatch):
     """Its defaults are those of the first row. No row has a key that nothing reads."""

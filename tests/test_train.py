@@ -634,7 +634,8 @@ def test_a_run_goes_on_with_other_flags(straight, flags, later_flags, tolerance,
 def test_a_finished_run_says_so_and_changes_nothing(straight, capsys):
     before = (straight / "last.pt").read_bytes()
     last = read(straight)
-    assert train_tiny(straight, "--resume") == 0
+    same_value = ["--milestones", 10, 20]
+    assert train_tiny(straight, "--resume", *same_value) == 0
     printed = capsys.readouterr().out
     assert "\nfinished already\n" in printed
     assert printed.endswith(
@@ -698,7 +699,8 @@ def test_two_nodes_score_the_network_that_is_saved(two_nodes, capsys):
 
 
 def test_killed_under_torchrun_and_restarted_is_uninterrupted(two_nodes):
-    """Twice: torchrun ends the other process and starts both again. They resume without --resume."""
+    """Twice. torchrun ends the other process and starts both again; they resume without
+    --resume."""
     run = torchrun(2, "--max-restarts=2", ROOT / "tests" / "stopped.py", "SIGKILL", "step", 8, 1,
                    "fork", "train.py", *NODES, "--out", "restarted", "--workers", 2)
     assert run.returncode == 0, run.stderr
