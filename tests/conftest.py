@@ -1,9 +1,10 @@
 """What several test files share: the scripts on the path, ways to run them, a tiny model file, and
-the golden figures of the original authors.
+the golden figures.
 
-tests/golden/*.npz hold what the authors' own code answered, but no weights: every tensor of their
-checkpoint is redrawn from (seed, its name, its shape), so that a file in their own layout can be
-made on any machine.
+tests/golden/NETWORK_*.npz hold what the authors' own code answered, but no weights: every tensor of
+their checkpoint is redrawn from (seed, its name, its shape), so that a file in their own layout can
+be made on any machine. metrics.npz and losses.npz hold scores or logits, labels, and the figures
+that belong to them.
 """
 import importlib
 import json

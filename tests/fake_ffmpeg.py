@@ -1,8 +1,9 @@
-"""Takes the place of ffmpeg in test_data.py: it decodes no video, but does what the video's text
-says. An empty text: it writes two frames."""
+"""Takes the place of ffmpeg in test_data.py and test_evaluate.py: it decodes no video, but does
+what the video's text says. An empty text: it writes two frames."""
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 video = sys.argv[sys.argv.index("-i") + 1]
@@ -15,6 +16,8 @@ if text == "get killed":
     os.kill(os.getpid(), signal.SIGKILL)
 elif text == "get stopped":
     sys.exit(255)  # as ffmpeg does after a signal that it handles
+elif text == "wait a second":
+    time.sleep(1)
 elif text == "fail":
     sys.exit(1)
 elif text == "fail without a session of its own":

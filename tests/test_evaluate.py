@@ -6,8 +6,8 @@ Other people's files are read, or refused in one line.
 
 The tests follow evaluate.py from top to bottom. Other bad input is in test_bad_input.py.
 
-tests/golden/metrics.npz holds the answers of scikit-learn and of X-Temporal, the code of the
-challenge's winners.
+tests/golden/metrics.npz holds scores and labels, and the answers of scikit-learn and of X-Temporal,
+the code of the challenge's winners.
 """
 import argparse
 import json
@@ -17,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def own_folder(tmp_path, monkeypatch):
 
 # ---- the metric ----------------------------------------------------------------------------------
 
-def precision_of(scores, labels):
+def average_precision_of(scores, labels):
     """The average precision of one video."""
     return evaluate.average_precision([scores], [labels])[0]
 
@@ -51,21 +52,26 @@ def test_average_precision_of_three_classes():
     Down to class 0, one class of one is a label; down to class 2, two of three are. AP is the mean
     of these two fractions.
     """
-    assert precision_of([0.9, 0.5, 0.1], [1, 0, 1]) == (1 / 1 + 2 / 3) / 2
+    assert average_precision_of([0.9, 0.5, 0.1], [1, 0, 1]) == (1 / 1 + 2 / 3) / 2
 
 
-def test_a_tied_class_counts_as_ranked_above():
-    """Class 0, the label, and class 1 have equal scores. If class 1 is no label, this costs half
-    the precision: of the two classes down to here, one is a label. If it is one, it costs nothing.
-    """
-    assert precision_of([0.5, 0.5, 0.1], [1, 0, 0]) == 1 / 2
-    assert precision_of([0.5, 0.5, 0.1], [1, 1, 0]) == (2 / 2 + 2 / 2) / 2
-    assert precision_of([1 + 1e-12, 1], [1, 0]) == 1  # in float32 these two would tie
+def test_a_tied_class_without_label_counts_as_ranked_above():
+    """Down to class 0, the label, one class of two is a label."""
+    assert average_precision_of([0.5, 0.5, 0.1], [1, 0, 0]) == 1 / 2
 
 
-@pytest.mark.parametrize("case", range(METRICS["n"]))
+def test_a_tie_of_two_labels_costs_nothing():
+    assert average_precision_of([0.5, 0.5, 0.1], [1, 1, 0]) == (2 / 2 + 2 / 2) / 2
+
+
+def test_scores_are_compared_in_double_precision():
+    """In float32 these two would tie."""
+    assert average_precision_of([1 + 1e-12, 1], [1, 0]) == 1
+
+
+@pytest.mark.parametrize("case", range(METRICS["n"]), ids=json.loads(str(METRICS["notes"])))
 def test_the_metric_is_that_of_other_programs(case):
-    """Among the cases are ties, and videos without a label, whose precision is 0."""
+    """The names of the cases say which have ties, and which have rows without a label."""
     scores = METRICS[f"scores_{case}"]
     labels = METRICS[f"labels_{case}"]
     close(evaluate.average_precision(scores, labels), METRICS[f"sklearn_rows_{case}"], 1e-12)
@@ -79,22 +85,26 @@ def test_the_metric_is_that_of_other_programs(case):
 ])
 def test_the_metric_refuses(scores, labels, message):
     with pytest.raises(ValueError, match=message):
-        precision_of(scores, labels)
+        average_precision_of(scores, labels)
 
 
 # ---- the views of a video ------------------------------------------------------------------------
 
-def test_views_are_counted():
+def test_views_are_clips_times_crops_times_scales():
     protocol = {"clips": 10, "crops": "3", "sizes": [(128, 128), (144, 144), (160, 160)]}
-    assert evaluate.count_views(protocol) == 90
-    assert evaluate.count_views({**protocol, "crops": "1"}) == 30
+    assert evaluate.count_views(protocol) == 10 * 3 * 3
+    assert evaluate.count_views({**protocol, "crops": "1"}) == 10 * 1 * 3
 
 
-def test_places_of_the_crops():
-    """Of 340x256 pixels, a crop of 224 leaves 116 to its right and 32 below it."""
+def test_three_crops_lie_along_the_long_side():
+    """At the top left, a crop of 224 of 340x256 pixels leaves 116 to its right and 32 below it."""
     assert evaluate.crop_places(116, 32, "3", None) == [(0, 16), (116, 16), (58, 16)]
     assert evaluate.crop_places(32, 116, "3", None) == [(16, 0), (16, 116), (16, 58)]  # portrait
-    assert evaluate.crop_places(59, 57, "1", None) == [(30, 28)]  # halves become even
+
+
+def test_a_centre_crop_is_rounded_to_even():
+    """59 / 2 = 29.5 becomes 30, and 57 / 2 = 28.5 becomes 28, as in torchvision."""
+    assert evaluate.crop_places(59, 57, "1", None) == [(30, 28)]
 
 
 def test_random_crops_reach_every_place():
@@ -109,7 +119,7 @@ def test_random_crops_reach_every_place():
 @pytest.fixture
 def frames_read(monkeypatch):
     """Every video has frames of 20x16 pixels that say where they are: red is the frame's index,
-    green x, blue y. The fixture is the list of what was read."""
+    green x, blue y. The fixture is a list of the indices that were read."""
     calls = []
 
     def read_frames(folder, indices):
@@ -125,54 +135,62 @@ def frames_read(monkeypatch):
 
 
 def views_of(num_frames, protocol, name="a name", **recipe):
-    """For each scale: the views, and [(frame indices, x, y of the top left corner), ...]."""
-    recipe = {"stride": 1, "crops": "3", "scales": (16,), **recipe}
+    """The views of a video: for each scale one tensor."""
     protocol = evaluate.make_protocol(recipe, protocol)
-    result = []
-    for views in evaluate.make_views("folder", num_frames, name, recipe, protocol):
-        places = [(view[:, 0, 0, 0].tolist(), *view[0, 0, 0, 1:].tolist()) for view in views]
-        result.append((views, places))
-    return result
+    return evaluate.make_views("folder", num_frames, name, recipe, protocol)
 
 
-def test_the_single_view(frames_read):
-    """The middle 8 of 40 frames, every second of them, and the middle 8x8 of 20x16 pixels."""
-    [(views, places)] = views_of(40, "clip", sampling="clip", frames=4, stride=2, test_resize=16,
-                                 test_crop=8)
+def read_off(views):
+    """What the pixels say of each view: (frame indices, x, y of the top left corner)."""
+    places = []
+    for view in views:
+        indices = view[:, 0, 0, 0].tolist()
+        _, x, y = view[0, 0, 0].tolist()
+        places.append((indices, x, y))
+    return places
+
+
+def test_protocol_clip_is_the_middle_window_and_the_centre_crop(frames_read):
+    """A window of 4 frames that are 2 apart takes the middle 8 of 40 frames. The crop is the middle
+    8x8 of 20x16 pixels."""
+    [views] = views_of(40, "clip", sampling="clip", frames=4, stride=2, test_resize=16, test_crop=8)
     assert (views.shape, views.dtype) == ((1, 4, 8, 8, 3), torch.uint8)
-    assert places == [([16, 18, 20, 22], 6, 4)]
+    assert read_off(views) == [([16, 18, 20, 22], 6, 4)]
 
 
 def test_two_clips_three_crops_two_scales(frames_read):
-    """The first clip is the middles of two equal parts, the second a random frame of each."""
-    [(large, places), (small, _)] = views_of(40, "multiscale", sampling="segments", frames=2,
-                                             clips=2, scales=(16, 12))
+    """Two segments of 40 frames: the first clip is their middles, the second a random frame of
+    each. Of 20x16 pixels, a crop of 16 leaves 4 to its right."""
+    large, small = views_of(40, "multiscale", sampling="segments", frames=2, stride=1, clips=2,
+                            crops="3", scales=(16, 12))
+    places = read_off(large)
     middle = [10, 30]
     random, _, _ = places[3]
     assert random != middle
-    assert [index // 20 for index in random] == [0, 1]
+    assert 0 <= random[0] < 20 <= random[1] < 40
     assert places == [(middle, 0, 0), (middle, 4, 0), (middle, 2, 0),
                       (random, 0, 0), (random, 4, 0), (random, 2, 0)]
     assert small.shape == (6, 2, 12, 12, 3)
-    assert torch.equal(small[:, :, 6, 6, 0], large[:, :, 6, 6, 0])  # the same frames
+    assert torch.equal(small[:, :, 0, 0, 0], large[:, :, 0, 0, 0])  # the same frames
 
 
-def test_three_clips_of_a_window_each(frames_read):
-    """A clip of 2 frames that are 2 apart takes 4 of the 8 frames, so the last clip starts at frame
-    4. Frames that several clips share are read once. Dense views have the first scale alone."""
-    [(_, places)] = views_of(8, "dense", sampling="clip", frames=2, stride=2, clips=3, crops="1",
-                             scales=(16, 12))
-    assert places == [([0, 2], 2, 0), ([2, 4], 2, 0), ([4, 6], 2, 0)]
-    assert frames_read == [[0, 2, 4, 6]]
+def test_windows_are_spread_over_the_video(frames_read):
+    """A window takes 2 x 2 of the 8 frames, since the gap after its last frame counts too. So the
+    last one starts at frame 4."""
+    [views] = views_of(8, "dense", sampling="clip", frames=2, stride=2, clips=3, crops="1",
+                       scales=(16, 12))  # dense: the first scale alone
+    assert read_off(views) == [([0, 2], 2, 0), ([2, 4], 2, 0), ([4, 6], 2, 0)]
+    assert frames_read == [[0, 2, 4, 6]]  # those of several windows are read once
 
 
-def test_randomness_belongs_to_the_name(frames_read):
-    def places(name):
-        [(_, places)] = views_of(200, "dense", name, sampling="segments", frames=8, clips=5,
-                                 crops="random")
-        return places
+def test_randomness_depends_on_the_name_alone(frames_read):
+    def random_places(name):
+        [views] = views_of(200, "dense", name, sampling="segments", frames=8, stride=1, clips=5,
+                           crops="random", scales=(12,))
+        return read_off(views)
 
-    assert places("a") == places("a") != places("b")
+    assert random_places("a") == random_places("a")
+    assert random_places("a") != random_places("b")
 
 
 # ---- scores --------------------------------------------------------------------------------------
@@ -200,8 +218,10 @@ def one_pixel_views(*logits):
 
 
 @pytest.mark.parametrize("loss, expected", [
-    ("bce", [0.5, 0.5952]),    # sigmoid(2) = .8808 and sigmoid(0) = .5
-    ("ce", [0.4048, 0.5952]),  # softmax(0, 2) = (.1192, .8808) and softmax(0, 0) = (.5, .5)
+    # sigmoid(0) = .5 in every view; sigmoid(2) = .8808 in one, and .5 in three
+    ("bce", [0.5, 0.5952]),
+    # softmax(0, 2) = (.1192, .8808) in one view, and softmax(0, 0) = (.5, .5) in three
+    ("ce", [0.4048, 0.5952]),
 ])
 def test_four_views_by_hand(loss, expected):
     """Of two views at each of two scales, one has the logits (0, 2), the others (0, 0). After
@@ -212,7 +232,7 @@ def test_four_views_by_hand(loss, expected):
     close(scores, [expected], 1e-4)
 
 
-def test_half_precision_logits_do_not_tie():
+def test_scores_of_half_precision_logits_do_not_tie():
     """In half precision sigmoid(9) and sigmoid(12) are both 1, a tie for the metric."""
     def half_corner(clip):
         return clip[:, 0, :2, 0, 0].bfloat16()
@@ -222,12 +242,14 @@ def test_half_precision_logits_do_not_tie():
     assert first < second < 1
 
 
+# Five videos of three equal views, whose logits are (row, 0). The scores are the sigmoids of these.
 FIVE_VIDEOS = [(row, [one_pixel_views((row, 0), (row, 0), (row, 0))]) for row in range(5)]
 FIVE_SCORES = [[1 / (1 + np.exp(-row)), 0.5] for row in range(5)]
 
 
 def test_batches_workers_and_training_change_nothing():
-    """Three videos are loaded at once, and four of their nine views are in one forward pass."""
+    """Three videos, of nine views, are loaded at once, then two. At most four views are in one
+    forward pass."""
     model = Corner().train()
     calls = remember(model)
     scores = evaluate.predict(model, FIVE_VIDEOS, 2, PLAIN, CPU, batch=3, view_batch=4, workers=2)
@@ -253,24 +275,25 @@ def test_every_process_gets_all_scores(capfd):
     torch.multiprocessing.start_processes(predict_as, (free_port(),), 3, start_method="fork")
     for rank in range(3):
         close(np.load(f"{rank}.npy"), FIVE_SCORES[:2], 1e-6)
-    assert capfd.readouterr().err.count("videos 1/1, ") == 1
+    assert capfd.readouterr().err.count("videos 1/1, ") == 1  # its share
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """Toy videos, and a TSN on a ResNet-18 and two frames, with random weights.
 
-    .toy              the data folder
-    .model .recipe    the network, and the recipe of a run with --clips 3 --scales 36 40
-    .checkpoint       the file of both, as train.py writes it
-    .ours .three      flags: the checkpoint; a list of three videos, not in the order of their
-                      names, and a score file
+    .toy          the data folder
+    .model        the network
+    .recipe       that of a run with --clips 3 --scales 36 40
+    .checkpoint   the file of both, as train.py writes it
+    .ours         flags: the checkpoint
+    .three        flags: a list of three videos, not in the order of their names; a score file
     """
     folder = tmp_path_factory.mktemp("lab")
     toy = folder / "toy"
     data.draw_toy(toy, videos=8)
     lines = (toy / "train.txt").read_text().splitlines()
-    data.write_lines(toy / "three.txt", lines[2::-1])
+    data.write_lines(toy / "three.txt", reversed(lines[:3]))
 
     _, recipe = evaluate.open_model("tsn", "toy")
     recipe = {**recipe, "loss": "bce", "frames": 2, "clips": 3, "scales": [36, 40]}
@@ -291,28 +314,29 @@ def lab(tmp_path_factory):
 @pytest.fixture
 def run(capsys):
     """run(*arguments) -> (exit status, lines on stdout, lines on stderr) of evaluate.py."""
-    def run(*arguments):
+    def call_evaluate(*arguments):
         status = call("evaluate", *arguments)
         captured = capsys.readouterr()
         return status, captured.out.splitlines(), captured.err.splitlines()
 
-    return run
+    return call_evaluate
 
 
 @pytest.fixture
 def score(lab, run):
     """score(*flags) -> (what the score file of the three videos holds, lines on stdout)."""
-    def score(*flags):
+    def score_three(*flags):
         status, lines, err = run(*lab.three, *flags)
         assert status == 0, err
         file = dict(np.load("scores.npz"))
         file["meta"] = json.loads(str(file["meta"]))
         return file, lines
 
-    return score
+    return score_three
 
 
 def test_flags_reach_views_and_scores(lab, score):
+    """Every video is scored as make_views and score_views do it with these values."""
     flags = "--scales 36 44 --std 0.2 0.3 0.4 --sampling clip --stride 5"
     file, _ = score(*lab.ours, *flags.split())
     recipe = {**lab.recipe, "scales": [36, 44], "std": [0.2, 0.3, 0.4], "sampling": "clip",
@@ -330,7 +354,7 @@ def test_only_the_first_process_prints_and_writes(lab, run, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert run(*lab.three, *lab.ours)[:2] == (0, [])
     assert os.listdir() == []
-    assert run(*lab.ours, "--video", "none.mp4") == (0, [], [])
+    assert run(*lab.ours, "--video", "gone.mp4") == (0, [], [])  # it does not even look for it
 
 
 # ---- what is printed -----------------------------------------------------------------------------
@@ -347,6 +371,7 @@ def test_the_printed_figures_by_hand(capsys):
     labels = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0]])
     evaluate.print_metrics(scores, labels)
     first, second, last = capsys.readouterr().out.splitlines()
+    # (1 + 1/3) / 2; of the two labelled videos, one has its label first, both have it in three
     assert first == "class-level mAP 66.67, top-1 hit rate 50.00, top-5 100.00"
     assert "1 of 3 videos have no label" in second
     assert "mAP of the others 75.00" in second  # (1 + 1/2) / 2
@@ -354,18 +379,22 @@ def test_the_printed_figures_by_hand(capsys):
 
 
 def test_hit_rates_by_hand():
-    """The label of four videos is the likeliest class, the second, the sixth (too late for the five
-    likeliest), and one of seven equals, of which the lower number comes first. The fifth video has
-    no label and does not count."""
-    scores = np.array([[7, 6, 5, 4, 3, 2, 1]] * 3 + [[1, 1, 1, 1, 1, 1, 1]] * 2)
-    labels = np.eye(7, dtype=int)[[0, 1, 5, 0, 0]]
-    labels[4] = 0
+    """Of four labelled videos, the label of two is ranked first, of three among the first five."""
+    scores = np.array([[7, 6, 5, 4, 3, 2, 1]] * 3 + [[1] * 7] * 2)
+    class_0, class_1, class_5 = np.eye(7, dtype=int)[[0, 1, 5]]
+    labels = np.array([
+        class_0,      # the likeliest
+        class_1,      # the second
+        class_5,      # the sixth, too late for the five likeliest
+        class_0,      # of seven equals, the lowest number comes first
+        0 * class_0,  # a video without a label does not count
+    ])
     assert evaluate.hit_rates(scores, labels) == (2 / 4, 3 / 4)
 
 
 # ---- score files ---------------------------------------------------------------------------------
 
-def test_a_score_file(lab, score):
+def test_a_score_file_says_what_was_scored_and_how(lab, score):
     file, lines = score(*lab.ours)
     videos = data.VideoList(lab.toy, "three")
     assert file["paths"].tolist() == videos.paths.tolist()
@@ -375,13 +404,15 @@ def test_a_score_file(lab, score):
     assert (meta["model"], meta["iteration"], meta["left_out"]) == ("tsn", 12, 0)
     assert meta["recipe"]["frames"] == 2
     assert meta["categories"] == data.TOY_CATEGORIES
+    # "sizes": short side and crop
     assert meta["protocol"] == {"name": "clip", "clips": 1, "crops": "1", "sizes": [[36, 32]]}
     assert meta["map"] == evaluate.sample_map(file["scores"], file["labels"])
     assert lines[-1] == f"mAP {100 * meta['map']:.2f}"
 
 
 def test_a_list_without_labels_and_a_video_without_frames(lab, score):
-    data.write_lines(lab.toy / "test.txt", ["none 0 -1", "train/00000 24 -1"])
+    # 0 frames: left out; -1: no label
+    data.write_lines(lab.toy / "test.txt", ["empty 0 -1", "train/00000 24 -1"])
     file, lines = score(*lab.ours, "--split", "test")
     assert "no mAP" in lines[-1]
     assert sorted(file) == ["meta", "paths", "scores"]
@@ -391,75 +422,75 @@ def test_a_list_without_labels_and_a_video_without_frames(lab, score):
 
 # ---- --video -------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def film(tmp_path_factory):
-    """A video file of a second, in a folder of its own."""
-    folder = tmp_path_factory.mktemp("films")
-    command = "ffmpeg -v error -f lavfi -i testsrc2=size=64x48:rate=30:duration=1 film.mp4"
-    subprocess.run(command.split(), cwd=folder, check=True)
-    return folder / "film.mp4"
-
-
 @needs_ffmpeg
-def test_a_video_gets_the_scores_of_a_list(lab, run, score, film):
-    """The same video is extracted into a data folder and scored there."""
-    data.extract(film.parent, "DATA", "all", workers=1)
+def test_a_video_gets_the_scores_of_a_list(lab, run, score):
+    """The same video, of a second, is extracted into a data folder and scored there."""
+    os.mkdir("films")
+    command = "ffmpeg -v error -f lavfi -i testsrc2=size=64x48:rate=30:duration=1 films/film.mp4"
+    subprocess.run(command.split(), check=True)
+    data.extract("films", "DATA", "all", workers=1)
     data.write_lines("DATA/categories.txt", data.TOY_CATEGORIES)
+    # these flags come after those of the three videos, and replace them
     file, _ = score(*lab.ours, "--protocol", "dense", "--data", "DATA", "--split", "all")
 
-    _, lines, _ = run(*lab.ours, "--protocol", "dense", "--top", 10, "--json", "--video", film)
+    _, lines, _ = run(*lab.ours, "--protocol", "dense", "--top", 10, "--json",
+                      "--video", "films/film.mp4")
     [result] = json.loads("\n".join(lines))
-    assert result["video"] == str(film)
+    assert result["video"] == "films/film.mp4"
     ranking = np.argsort(-file["scores"][0])
     assert list(result["labels"]) == [data.TOY_CATEGORIES[k] for k in ranking]
     close(list(result["labels"].values()), file["scores"][0, ranking], 1e-5)
 
 
-@needs_ffmpeg
-def test_progress_while_ffmpeg_decodes(film, monkeypatch, capsys):
-    """Every five seconds; here every hundredth of a second."""
+def test_progress_while_ffmpeg_decodes(lab, run, frames_read, monkeypatch):
+    """Every five seconds; here every 0.05 s, and fake_ffmpeg.py takes a second after its first
+    frame."""
+    program = (ROOT / "tests" / "fake_ffmpeg.py").read_text()
+    write("bin/ffmpeg", f"#!{sys.executable}\n{program}").chmod(0o755)
+    monkeypatch.setenv("PATH", os.path.abspath("bin"), prepend=os.pathsep)
+    write("slow.mp4", "wait a second")
     communicate = subprocess.Popen.communicate
 
     def hurry(process, timeout):
-        return communicate(process, timeout=timeout / 500)
+        return communicate(process, timeout=timeout / 100)
 
     monkeypatch.setattr(subprocess.Popen, "communicate", hurry)
-    data.decode_video(film, ".", progress=True)
-    line = capsys.readouterr().err.splitlines()[0]
-    assert re.fullmatch(rf"{re.escape(str(film))}: \d+ frames so far", line)
+    _, _, notes = run(*lab.ours, "--video", "slow.mp4")
+    assert "slow.mp4: 1 frames so far" in notes
 
 
 DECODED = {  # what data.decode_video returns: the number of frames, and what is wrong
     "text.mp4": (0, "no video"),
     "cut.mp4": (40, "cut short"),
-    "minute.mp4": (1800, ""),
-    "long.mp4": (1830, ""),
+    "minute.mp4": (60 * 30, ""),  # 30 frames a second
+    "long.mp4": (61 * 30, ""),
 }
 
 
 @pytest.fixture
 def decoded(frames_read, monkeypatch):
-    """In place of ffmpeg."""
+    """In place of ffmpeg, and of the frames that it would write."""
     monkeypatch.setattr(data, "require_ffmpeg", lambda: None)
     monkeypatch.setattr(data, "decode_video", lambda file, folder, progress: DECODED[file])
 
 
 def test_an_odd_video_is_named_and_does_not_stop_the_others(lab, run, decoded, monkeypatch):
-    tenths = torch.arange(10)[None] / 10
-    monkeypatch.setattr(evaluate, "score_views", lambda *_, **__: tenths)
+    scores = torch.zeros(1, 10)
+    scores[0, [6, 4]] = torch.tensor([0.9, 0.8])
+    monkeypatch.setattr(evaluate, "score_views", Mock(return_value=scores))
     status, lines, notes = run(*lab.ours, "--top", 2, "--video", *DECODED)
     assert status == 2
-    *_, second, first = data.TOY_CATEGORIES
-    labels = [f" 90.00 %  {first}", f" 80.00 %  {second}"]
+    labels = [f" 90.00 %  {data.TOY_CATEGORIES[6]}", f" 80.00 %  {data.TOY_CATEGORIES[4]}"]
     assert lines == ["cut.mp4", *labels, "minute.mp4", *labels, "long.mp4", *labels]
-    assert notes[:2] == ["text.mp4: 0 frames; no video", "cut.mp4: 40 frames; cut short"]
-    [note] = notes[2:]
-    assert note.startswith("long.mp4: 61 seconds long")
+    text, cut, long = notes
+    assert text == "text.mp4: 0 frames; no video"
+    assert cut == "cut.mp4: 40 frames; cut short"
+    assert long.startswith("long.mp4: 61 seconds long")
 
 
 def test_a_picture_of_the_middle_clip(lab, run, decoded):
-    """Its two frames, of 20x16 pixels, are 160x128 in the picture, and 4 apart. They are the
-    middles of two halves of 40 frames, and as red as their numbers."""
+    """Its two frames are the middles of two halves of 40 frames, and as red as their numbers. They
+    have 20x16 pixels; in the picture they are 128 high, so 160 wide, and 4 apart."""
     assert run(*lab.ours, "--picture", "out.png", "--video", "cut.mp4")[0] == 0
     red = np.asarray(Image.open("out.png"))[:128, :, 0]
     assert (red[:, :160] == 10).all()
@@ -475,8 +506,8 @@ def test_a_recipe_is_the_shared_settings_and_a_row():
     assert evaluate.open_model("tsn") == evaluate.open_model("tsn", "r101_5f")  # the first row
 
 
-def test_the_toys_values_come_before_the_row():
-    """SlowFast's row has scales of its own."""
+def test_the_row_toy_overrides_what_belongs_to_the_toy_videos():
+    """data.TOY has the crop 32 and the scales (32,). SlowFast's row has scales of its own."""
     _, recipe = evaluate.open_model("slowfast", "toy")
     assert (recipe["crop"], recipe["scales"]) == (32, (32, 30, 28))
 
@@ -484,23 +515,24 @@ def test_the_toys_values_come_before_the_row():
 @pytest.fixture
 def parse(monkeypatch, capsys):
     """parse(*flags) -> (evaluate.py's arguments, its notes on stderr)."""
-    def parse(*flags):
+    def parse_flags(*flags):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *[str(flag) for flag in flags]])
         args = evaluate.parse_arguments()
         return args, capsys.readouterr().err.splitlines()
 
-    return parse
+    return parse_flags
 
 
 @pytest.mark.parametrize("flags", [["--data", "DATA"], ["--video", "a.mp4"]])
 def test_toy_as_the_first_row_is_not_for_real_videos(lab, parse, monkeypatch, flags):
-    """As in a model file that was begun on the toy: its videos have 32 pixels."""
+    """As in a model file that was begun on the toy, whose crops have 32 pixels."""
     monkeypatch.setattr(tsn, "RECIPES", {"toy": tsn.RECIPES["toy"]})
     with pytest.raises(ValueError, match="put a row for real data before it, or pass --recipe toy"):
         parse("--model", "tsn", "--weights", lab.checkpoint, *flags)
 
 
 def test_epochs_and_iterations_clear_each_other():
+    """The length of a run is one of them; 0: it does not count."""
     assert evaluate.override({"iterations": 50}, {"epochs": 3}) == {"iterations": 0, "epochs": 3}
     assert evaluate.override({"epochs": 3}, {"iterations": 50}) == {"iterations": 50, "epochs": 0}
 
@@ -520,7 +552,7 @@ def test_numpy_numbers_in_a_checkpoint(module):
     # PyTorch's old format is a bare pickle, in which the name of a module can be replaced.
     torch.save(numbers, "file.pth", _use_new_zipfile_serialization=False)
     write("file.pth", Path("file.pth").read_bytes().replace(b"numpy._core", module))
-    assert str(evaluate.read_checkpoint("file.pth")) == str(numbers)
+    np.testing.assert_equal(evaluate.read_checkpoint("file.pth"), numbers)
 
 
 class Attack:
@@ -530,8 +562,8 @@ class Attack:
         return np.savetxt, ("touched", [0])
 
 
-def test_a_file_that_could_run_code_does_not():
-    """Its function is NumPy's, of which only numbers and arrays are allowed."""
+def test_a_file_that_could_run_code_is_refused():
+    """This one calls a function of NumPy, of which only numbers and arrays are allowed."""
     torch.save({"w": torch.zeros(1), "args": Attack()}, "file.pth")
     with pytest.raises(ValueError, match=r"^file\.pth: .* save the state_dict alone"):
         evaluate.read_checkpoint("file.pth")
@@ -539,7 +571,7 @@ def test_a_file_that_could_run_code_does_not():
 
 
 def test_a_safetensors_file_is_refused_with_its_conversion():
-    """Whatever it is called."""
+    """It is known by its first bytes, whatever its name: a length in 8 bytes, and a JSON text."""
     header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     write("model.bin", len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(ValueError, match="model.bin: a safetensors file; convert it, .* python -c"):
@@ -551,17 +583,22 @@ W = torch.ones(1)
 
 @pytest.mark.parametrize("checkpoint", [
     {"a.module.w": W},
+    # DDP's prefix; the first container counts
     {"epoch": 3, "state_dict": {"module.a.module.w": W}, "net": {"ema": 2}},
+    # PySlowFast's prefix
     {"epoch": 3, "model_state": {"model.a.module.w": W}},
-    {"model": "tin", "net": {"module.model._orig_mod.a.module.w": W}},  # a text is no container
+    # torch.compile's prefix among others; a text is no container
+    {"model": "tin", "net": {"module.model._orig_mod.a.module.w": W}},
+    # Caffe2's arrays
     {"blobs": {"a.module.w": np.ones(1, np.float32)}},
 ])
 def test_tensors_without_container_and_prefix(checkpoint):
+    """`module.` within a name stays."""
     assert evaluate.tensors_of(checkpoint) == {"a.module.w": W}
 
 
 def test_the_prefix_model_stays_if_one_key_lacks_it():
-    tensors = {"model.w": W, "fc.w": W}
+    tensors = {"model.w": W, "fc.w": 2 * W}
     assert evaluate.tensors_of(tensors) == tensors
 
 
@@ -574,8 +611,8 @@ def test_a_file_without_tensors_is_refused(checkpoint, message):
         evaluate.state_of(tsn, checkpoint, "file.pth")
 
 
-def test_a_checkpoint_of_ours_is_taken_as_it_is():
-    """A new model file needs no convert to read it, and a key of it may begin with `model`."""
+def test_only_other_peoples_files_need_a_convert():
+    """The keys of a checkpoint of ours stay as they are, also if all begin with `model.`."""
     module = SimpleNamespace(__name__="new")
     config = {"model": "new", "recipe": {}, "categories": None}
     checkpoint = {"model": {"model.w": W}, "config": config}
@@ -588,7 +625,7 @@ def test_weights_that_do_not_fit_are_named(lab):
     state = lab.model.state_dict()
     state["backbone.conv1.weight"] = torch.zeros(64, 3, 5, 5)
     del state["backbone.bn1.weight"]
-    state["backbone.layer1.0.conv3.weight"] = torch.zeros(1)
+    state["backbone.layer1.0.conv3.weight"] = torch.zeros(1)  # a ResNet-50 has it
     message = ("file.pth: does not fit the network: backbone.conv1.weight is (64, 3, 5, 5) in the "
                "file, (64, 3, 7, 7) in the network; backbone.bn1.weight is not in the file; "
                "backbone.layer1.0.conv3.weight is not in the network (3 misfits in all). ")
@@ -603,53 +640,56 @@ def test_a_classifier_tells_the_number_of_classes(lab):
 
 
 def test_other_peoples_weights_score_as_ours(lab, score):
-    """Also those from before batch norms counted their steps. A network that was trained by
-    cross-entropy is scored by softmax."""
     ours, _ = score(*lab.ours)
     tensors = lab.model.state_dict()
-    del tensors["backbone.bn1.num_batches_tracked"]
+    del tensors["backbone.bn1.num_batches_tracked"]  # old files lack this counter
     torch.save(tensors, "public.pth")
     public = ["--model", "tsn", "--weights", "public.pth", "--recipe", "toy", "--frames", 2]
     theirs, _ = score(*public)
     assert np.array_equal(theirs["scores"], ours["scores"])
     softmax, _ = score(*public, "--loss", "ce")
-    close(softmax["scores"].sum(axis=1), np.ones(3), 1e-5)
+    close(softmax["scores"].sum(axis=1), np.ones(3), 1e-5)  # softmax: the classes sum to 1
 
 
-def test_the_recipe_of_a_checkpoint(lab, parse):
-    """Its loss decides on softmax. A key missing from an old checkpoint has the row's value."""
+def test_a_checkpoints_recipe_overrides_the_row(lab, parse):
+    """Its loss counts, for example. A key that an old checkpoint lacks has the row's value."""
     checkpoint = evaluate.read_checkpoint(lab.checkpoint)
     recipe = checkpoint["config"]["recipe"]
     recipe["loss"] = "ce"
     del recipe["stride"]
     torch.save(checkpoint, "old.pt")
     args, _ = parse("--checkpoint", "old.pt")
-    assert args.recipe == {**recipe, "stride": 1}
+    assert args.recipe == {**recipe, "stride": data.RECIPE["stride"]}
 
 
-def test_settings_that_are_not_those_of_the_run_are_named():
-    """Those that matter to any network, and those that this one is built from."""
+def notes_of_a_run(given=(), **changes):
+    """What is noted if the checkpoint of a run is used with other settings."""
     def build(recipe, num_classes):
         return recipe["width"], recipe.get("gate")
 
     module = SimpleNamespace(__name__="new", build=build)
     settings = dict(mean=(0.4, 0.4, 0.4), frames=8, loss="bce", width=32, gate=None, clips=5)
     config = {"model": "new", "recipe": settings, "categories": []}
+    recipe = {**settings, **changes}
+    return evaluate.notes_on_file(module, recipe, given, {"config": config}, "best.pt")
 
-    def notes(given=(), **changes):
-        recipe = {**settings, **changes}
-        return evaluate.notes_on_file(module, recipe, given, {"config": config}, "best.pt")
 
-    assert notes(clips=10, mean=[0.4, 0.4, 0.4]) == []  # a usual choice, and the same mean
-    assert notes({"init"}, loss="ce") == []             # a start for training
-    [note] = notes(mean=(0.5, 0.5, 0.5), frames=16, loss="ce", width=64, gate="relu")
+def test_usual_changes_of_settings_are_not_noted():
+    assert notes_of_a_run(clips=10) == []  # chosen for each evaluation
+    assert notes_of_a_run(mean=[0.4, 0.4, 0.4]) == []  # a list of the same numbers
+    assert notes_of_a_run({"init"}, loss="ce") == []  # the weights are a start for training
+
+
+def test_settings_that_are_not_those_of_the_run_are_named():
+    """Those that matter to any network, and those that this one is built from: width and gate."""
+    [note] = notes_of_a_run(mean=(0.5, 0.5, 0.5), frames=16, loss="ce", width=64, gate="relu")
     assert note == (
         "note: best.pt was trained with other settings: mean [0.4, 0.4, 0.4] there, [0.5, 0.5, 0.5]"
         " here; frames 8 there, 16 here; loss bce there, ce here; gate None there, relu here; "
         "width 32 there, 64 here")
 
 
-def test_weights_of_another_model_of_ours_are_said(lab, parse):
+def test_weights_of_another_model_of_ours_are_noted(lab, parse):
     """A TSN in TSM's place loads completely. Settings that only one of them has do not count."""
     flags = ["--weights", lab.checkpoint, "--recipe", "toy", "--frames", 2]
     assert parse("--model", "tsn", *flags)[1] == []
@@ -657,36 +697,45 @@ def test_weights_of_another_model_of_ours_are_said(lab, parse):
     assert "settings: model tsn there, tsm here. --checkpoint" in note
 
 
-def test_a_model_files_own_check_is_asked():
-    """It gets the recipe, the keys that were flags, and the tensors of the file."""
-    def check(*arguments):
-        raise ValueError(f"odd: {arguments}")
-
-    module = SimpleNamespace(check=check)
-    with pytest.raises(ValueError, match=r"^file.pth: odd: \('recipe', 'given', {'w': tensor"):
+def test_a_model_file_may_check_the_tensors():
+    """Its check gets the recipe, the keys that were flags, and the tensors of the file."""
+    module = SimpleNamespace(check=Mock(side_effect=ValueError("odd")))
+    with pytest.raises(ValueError, match="^file.pth: odd$"):
         evaluate.notes_on_file(module, "recipe", "given", {"module.w": W}, "file.pth")
+    module.check.assert_called_once_with("recipe", "given", {"w": W})
 
 
 # ---- processes -----------------------------------------------------------------------------------
 
 def test_the_first_process_draws_the_toy_once(monkeypatch):
-    monkeypatch.setattr(data, "draw_toy", os.makedirs)
-    assert not evaluate.toy_folder(rank=1).exists()
-    assert evaluate.toy_folder(rank=0).exists()
-    monkeypatch.delattr(data, "draw_toy")
-    assert evaluate.toy_folder(rank=0) == Path("runs", "toy")
+    draw = Mock(side_effect=os.makedirs)
+    monkeypatch.setattr(data, "draw_toy", draw)
+    evaluate.toy_folder(rank=1)
+    assert draw.call_count == 0
+    for _ in range(2):
+        assert evaluate.toy_folder(rank=0) == Path("runs", "toy")
+    draw.assert_called_once_with(Path("runs", "toy"))
 
 
-def test_flags_of_speed_change_scores_little(lab, score, monkeypatch):
+@pytest.mark.parametrize("amp", ["fp16", "bf16"])
+def test_half_precision_changes_scores_little(lab, score, amp):
+    """Numbers of bf16 have 8 binary digits: those between 1/2 and 1 are 1/256 apart."""
     expected, _ = score(*lab.ours)
-    for amp in ("fp16", "bf16"):
-        half, _ = score(*lab.ours, "--amp", amp)
-        assert 0 < abs(half["scores"] - expected["scores"]).max() < 0.1
+    half, _ = score(*lab.ours, "--amp", amp)
+    assert 0 < abs(half["scores"] - expected["scores"]).max() < 0.01
 
-    # Compiling takes a minute; here it is enough that it is asked for.
-    monkeypatch.setenv("CXX", sys.executable)  # in place of a compiler
+
+def test_flags_of_speed_change_no_score(lab, score, monkeypatch):
+    """Compiling takes a minute; here it is enough that it is asked for."""
+    expected, _ = score(*lab.ours)
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+
+    def remember_model(model):
+        compiled.append(model)
+        return model
+
+    monkeypatch.setattr(torch, "compile", remember_model)
+    monkeypatch.setenv("CXX", sys.executable)  # in place of a compiler: any program
     file, _ = score(*lab.ours, "--compile", "--channels-last")
     close(file["scores"], expected["scores"], 1e-5)
     [model] = compiled
@@ -701,6 +750,8 @@ def test_channels_last_of_3d_convolutions():
 # ---- flags ---------------------------------------------------------------------------------------
 
 def test_a_recipe_key_is_a_flag():
+    """It takes what the key's value is: a fraction, yes or no, several numbers, a word; None stands
+    for a number that the network chooses. A flag that is not given leaves no value."""
     recipe = dict(momentum=0.1, flip=True, scales=(256,), slow_index="stride", alpha=None)
     parser = argparse.ArgumentParser()
     evaluate.add_recipe_flags(parser, recipe)
@@ -715,19 +766,20 @@ def test_a_recipe_key_is_a_flag():
     ("--protocol dense --clips 2", "dense"),
     ("--crops 1", "multiscale"),  # one of --clips, --crops and --scales asks for all views
 ])
-def test_the_protocol(lab, parse, flags, protocol):
+def test_the_protocol_follows_from_the_flags(lab, parse, flags, protocol):
     args, _ = parse(*lab.ours, *flags.split())
     assert args.protocol == protocol
 
 
 @pytest.mark.parametrize("flags, expected", [
-    # the run's are 36 and 40, for --test-resize 36
+    # the run's scales are 36 and 40, for --test-resize 36
     ("--test-resize 72 --protocol multiscale", ["the scales follow --test-resize: [72, 80]"]),
-    ("--scales 22 54", []),  # 32 / 1.5 and 36 x 1.5
+    ("--scales 22 54", []),
     ("--scales 21 55", ["the scale 21 is far", "the scale 55 is far"]),
     ("--protocol dense --scales 36 55", []),  # it uses the first one alone
 ])
 def test_notes_on_scales(lab, parse, flags, expected):
+    """Far is below --test-crop / 1.5 = 32 / 1.5 = 21.3 or above --test-resize x 1.5 = 54."""
     _, notes = parse(*lab.ours, *flags.split())
     for note, words in zip(notes, expected, strict=True):
         assert words in note

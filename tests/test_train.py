@@ -458,8 +458,8 @@ ctrl_c = Mock(side_effect=KeyboardInterrupt)
 def plan(monkeypatch, capsys):
     """A function: flags -> what is printed before the first step. A run has 24 steps."""
     def print_plan(flags):
-        arguments = ["--model", "tiny", "--data", "toy", "--out", "plan", *flags.split()]
-        assert call("train", *arguments) == 130
+        run = "--model tiny --data toy --device cpu --out plan".split()
+        assert call("train", *run, *flags.split()) == 130
         return capsys.readouterr().out
     monkeypatch.setattr(train, "load_clips", ctrl_c)
     return print_plan
