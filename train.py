@@ -345,9 +345,8 @@ def lsep(logits, labels):
     Li, Song and Luo 2017.
     """
     positive = labels.bool()
-    lowest = torch.finfo(logits.dtype).min  # not -inf, whose gradient can be NaN
-    negatives = logits.masked_fill(positive, lowest).logsumexp(dim=1)
-    positives = (-logits).masked_fill(~positive, lowest).logsumexp(dim=1)
+    negatives = logits.masked_fill(positive, -torch.inf).logsumexp(dim=1)
+    positives = (-logits).masked_fill(~positive, -torch.inf).logsumexp(dim=1)
     return torch.logaddexp(negatives + positives, torch.zeros_like(negatives)).mean()
 
 

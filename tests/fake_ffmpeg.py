@@ -1,5 +1,5 @@
-"""Takes the place of ffmpeg in test_data.py and test_evaluate.py: it decodes no video, but does
-what the video's text says. An empty text: it writes two frames."""
+"""Takes the place of ffmpeg in test_data.py and test_evaluate.py: it writes one frame, does what
+the video's text says, and then, if it has not ended, writes a second one."""
 import os
 import signal
 import sys
@@ -8,14 +8,14 @@ from pathlib import Path
 
 video = sys.argv[sys.argv.index("-i") + 1]
 text = Path(video.removeprefix("file:")).read_text()
-if text == "no frame":
+if text == "write nothing":
     sys.exit(0)
 
 Path("img_00001.jpg").touch()
 if text == "get killed":
     os.kill(os.getpid(), signal.SIGKILL)
-elif text == "get stopped":
-    sys.exit(255)  # as ffmpeg does after a signal that it handles
+elif text == "stop":
+    sys.exit(255)  # ffmpeg's status if it was asked to end
 elif text == "wait a second":
     time.sleep(1)
 elif text == "fail":

@@ -1,11 +1,12 @@
-"""python stopped.py SIGNAL PLACE CALL RANK START train.py ...: the script, ended by a signal.
+"""python stopped.py --by SIGNAL --place PLACE --call N [...] train.py ...: the script, ended by a
+signal in the N-th call of a function.
 
-SIGNAL  its name; SIGINT is Ctrl-C, which in a terminal reaches the loader's workers too
-PLACE   the function in whose call the signal comes: step, validation or save
-CALL    which call of it (1, 2, ...)
-RANK    of which process; torchrun's first restart is stopped in the same way, later ones are not
-START   how the loader's workers are started: fork, spawn or forkserver
+PLACE         the signal comes
+step          before the weights are changed
+validation    before a batch of videos is scored
+save          when half of a checkpoint is written
 """
+import argparse
 import multiprocessing
 import os
 import runpy
@@ -24,7 +25,7 @@ PLACES = {
 }
 
 
-def stop_in(place, call, signal_name):
+def stop_in(place, nth_call, signal_name):
     """Replace a function by one that ends this process when it is called so many times."""
     module, name = PLACES[place]
     function = getattr(module, name)
@@ -32,27 +33,35 @@ def stop_in(place, call, signal_name):
 
     def stopping(*arguments, **options):
         calls.append(name)
-        if len(calls) == call:
+        if len(calls) == nth_call:
             if place == "save":
                 arguments[1].write_bytes(b"half of a checkpoint")
-            process = os.getpid()
+            target = os.getpid()
             if signal_name == "SIGINT":
-                process = 0  # the process group
-            os.kill(process, signal.Signals[signal_name])
+                target = 0  # the process group: Ctrl-C in a terminal reaches the workers too
+            os.kill(target, signal.Signals[signal_name])
         return function(*arguments, **options)
 
     setattr(module, name, stopping)
 
 
 if __name__ == "__main__":
-    signal_name, place, call, rank, start = sys.argv[1:6]
-    multiprocessing.set_start_method(start)
-    if signal_name == "SIGINT":
-        os.setpgrp()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--by", required=True, help="name of the signal; SIGINT is Ctrl-C")
+    parser.add_argument("--place", required=True, choices=PLACES)
+    parser.add_argument("--call", required=True, type=int, help="1, 2, ...")
+    parser.add_argument("--rank", default="0", help="of the process that is stopped")
+    parser.add_argument("--start", default="fork", help="how the loader's workers are started")
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    args = parser.parse_args()
+
+    multiprocessing.set_start_method(args.start)
+    if args.by == "SIGINT":
+        os.setpgrp()  # a group of its own, or pytest would be stopped too
         # A shell that starts pytest in the background has it ignore Ctrl-C.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    if restarts < 2 and rank == os.environ.get("RANK", "0"):
-        stop_in(place, int(call), signal_name)
-    del sys.argv[:6]
+    if restarts < 2 and args.rank == os.environ.get("RANK", "0"):  # a second restart runs on
+        stop_in(args.place, args.call, args.by)
+    sys.argv = args.command
     runpy.run_path(sys.argv[0], run_name="__main__")

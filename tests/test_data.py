@@ -3,10 +3,10 @@ videos show, and how videos become frames.
 
     python -m pytest tests/test_data.py
 
-Each part begins with examples that can be checked by hand. Where there is an independent answer
-(Pillow's, torchvision's, a naive formula's, or the set of all possible outcomes), it follows. Where
-a test draws at random, it draws often enough to see every outcome. "The authors' code" is
-X-Temporal, as in data.py. Commands that are misused are in test_bad_input.py.
+The first parts begin with examples that can be checked by hand. Where there is an independent
+answer (Pillow's, torchvision's, a naive formula's, or the set of all possible outcomes), it
+follows. Where a test draws at random, it draws often enough to see every outcome. "The authors'
+code" is X-Temporal, as in data.py. Commands that are misused are in test_bad_input.py.
 """
 import io
 import os
@@ -36,6 +36,8 @@ import data
 import evaluate
 from conftest import ROOT, call, data_folder, needs_ffmpeg, noise, write, write_frames
 
+# Clips of 8 segments, crops of 32 pixels. "multiscale" is a way to crop in training here, and has
+# nothing to do with the protocol of this name.
 RECIPE = {**data.RECIPE, **data.TOY, "frames": 8, "augment": "multiscale", "flip": True}
 
 
@@ -67,7 +69,7 @@ def read(text, format="auto", num_classes=None):
 
 def test_a_line_holds_path_frames_and_labels():
     text = "cooking/a 90 7,2\nmy video 1 45 0\nb 8 -1\n"  # -1: unlabelled
-    assert data.read_list(write("list.txt", text)) == [
+    assert data.read_list(write("list.txt", text)) == [  # path, frames, labels, number of the line
         ("cooking/a", 90, [7, 2], 1), ("my video 1", 45, [0], 2), ("b", 8, [], 3)]
     assert read(text) == text.splitlines()
 
@@ -82,13 +84,13 @@ def test_lines_of_one_path_must_agree_on_its_frames():
 
 
 def test_extra_white_space_is_ignored():
-    """So are the byte-order mark and the line ends of Windows."""
+    """And so are the byte-order mark and the line ends of Windows."""
     assert read("\ufeffa  9   1, 2\r\n\n \n b\t8\t3 ") == ["a 9 1,2", "b 8 3"]
 
 
 @pytest.mark.parametrize("text, reason", [
     ("a 9 1\n\nb 9 -2\n", "expected path num_frames id[,id...] (-1: unlabelled)"),
-    ("a 9 1\n\nb 9999999999999999 1\n", "expected path num_frames id"),  # 16 digits, not 15
+    ("a 9 1\n\nb 9999999999999999 1\n", "expected path num_frames id"),  # at most 15 digits
     ("a 9 1\n\nb 9 3,10\n", "label 10, but the last class of categories.txt is 9"),
     ("a.mp4,1\n\nC:\\b.mp4,3\n", "must be a relative path inside the folder"),
     ("a.mp4,1\n\nb.mp4\n", "expected name.mp4,id[,id...] (-1: unlabelled)"),
@@ -138,7 +140,7 @@ def test_a_csv_is_read_as_spreadsheets_write_it(line, expected):
     assert read(line) == [expected]
 
 
-def test_an_ending_of_no_video_file_stays_in_the_path():
+def test_only_endings_of_video_files_are_cut_off():
     assert read("a.v2,3") == ["a.v2 None 3"]
 
 
@@ -147,7 +149,7 @@ def test_a_line_of_two_meanings_needs_a_format():
     assert read(line, "ours") == ["a 92 69"]
     assert read(line, "mmaction2-videos") == ["a None 92,69"]
     with pytest.raises(ValueError, match="several ways.*--format"):
-        read("b.mp4 5\n" + line)
+        read("b.mp4 5\n" + line)  # also beside a line that is not ours
     assert read("b 9 1,2\n" + line) == ["b 9 1,2", "a 92 69"]  # mmaction2 has no commas
 
     with pytest.raises(ValueError, match="several ways.*--format"):
@@ -233,7 +235,7 @@ def test_clips_start_evenly_over_the_video():
     clip = {"length": 32, "stride": 2}
     assert data.clip_starts(90, **clip, views=4).tolist() == [0, 8, 17, 26]  # 26 = 90 - 2 * 32
     assert data.clip_starts(90, **clip, views=1).tolist() == [13]  # a single one in the middle
-    assert data.clip_starts(9, **clip, views=2).tolist() == [0, 0]
+    assert data.clip_starts(9, **clip, views=2).tolist() == [0, 0]  # shorter than a clip
 
 
 def test_a_training_clip_starts_anywhere():
@@ -261,7 +263,7 @@ def test_frames_are_read_as_rgb_and_decoded_once():
 
 @pytest.mark.parametrize("width, height, sides", [  # 1, .875, .75 and .66 of the short side
     (254, 424, [254, 224, 190, 167]),  # 222 is within 2 of the target, 224
-    (424, 253, [253, 221, 189, 166]),
+    (424, 253, [253, 221, 189, 166]),  # 221 is not, and stays
     (424, 222, [222, 194, 166, 146]),  # the target does not fit in
 ])
 def test_a_multiscale_crop_is_a_square_or_nearly(width, height, sides):
@@ -293,15 +295,15 @@ def test_a_jitter_crop_lies_anywhere():
     assert drawn == expected
 
 
-@pytest.mark.parametrize("augment", ["multiscale", "jitter"])
-def test_all_frames_of_a_clip_are_cut_alike(augment):
+@pytest.mark.parametrize("augment, box", [
+    ("multiscale", data.multiscale_box(48, 40, 16, default_rng(0))),
+    ("jitter", data.jitter_box(48, 40, 16, (20, 24), default_rng(0))),
+])
+def test_all_frames_of_a_clip_are_cut_alike(augment, box):
     frames = noise(0, 3, 40, 48, 3)
     recipe = {**RECIPE, "augment": augment, "crop": 16, "jitter": (20, 24), "flip": False}
     clip = data.make_clip(write_frames("video", frames), [2, 0], recipe, default_rng(0))
-    if augment == "multiscale":
-        x, y, w, h = data.multiscale_box(48, 40, 16, default_rng(0))
-    else:
-        x, y, w, h = data.jitter_box(48, 40, 16, (20, 24), default_rng(0))
+    x, y, w, h = box
     crop = torch.from_numpy(frames[[2, 0], y : y + h, x : x + w])
     assert torch.equal(clip, data.resize(crop, (16, 16)))
 
@@ -318,16 +320,16 @@ def test_half_of_the_clips_are_mirrored():
     assert 35 <= mirrored <= 65  # 50, give or take three standard deviations
 
 
-@pytest.mark.parametrize("width, height, ours, theirs", [
+@pytest.mark.parametrize("width, height, size, torchvisions", [
     (320, 426, 112, 112),  # a number is the short side
     (568, 321, 256, 256),
     (320, 426, (200, 100), (100, 200)),  # torchvision takes the height first
 ])
-def test_resizing_is_torchvisions(width, height, ours, theirs):
-    """Of a Pillow image, that is. Ours may differ by a grey level."""
+def test_resizing_is_torchvisions(width, height, size, torchvisions):
+    """As it resizes a Pillow image, give or take one grey level."""
     frame = noise(0, height, width, 3)
-    expected = vision.pil_to_tensor(vision.resize(Image.fromarray(frame), theirs))
-    resized = data.resize(torch.from_numpy(frame)[None], ours)[0].permute(2, 0, 1)
+    expected = vision.pil_to_tensor(vision.resize(Image.fromarray(frame), torchvisions))
+    resized = data.resize(torch.from_numpy(frame)[None], size)[0].permute(2, 0, 1)
     assert_close(resized, expected, rtol=0, atol=1)
 
 
@@ -339,6 +341,7 @@ def jpeg():
 
 
 def test_a_jpeg_is_decoded_at_half_its_size_if_that_suffices(jpeg):
+    """Pillow calls this draft. draft_side is the short side that is needed."""
     assert data.read_frames("video", [0], draft_side=40).shape == (1, 40, 48, 3)
     assert data.read_frames("video", [0], draft_side=41).shape == (1, 80, 96, 3)
 
@@ -379,10 +382,10 @@ def test_a_list_has_one_row_per_video():
     assert videos.labels(0).tolist() == [0, 2]
     assert videos.label_matrix().tolist() == [[1, 0, 1], [0, 0, 0], [0, 0, 1]]
     assert videos.place(2) == "train.txt:4"  # the empty line counts
-    assert list_of("p 9 -1\n").label_matrix() is None
+    assert list_of("p 9 -1\n").label_matrix() is None  # no video has a label
 
 
-def test_lists_in_a_data_folder_are_always_ours():
+def test_lists_in_a_data_folder_are_always_read_as_ours():
     """Even if a line has two meanings."""
     videos = list_of("a.mp4 92 2\nx 90 7 1\n")
     assert videos.paths.tolist() == ["a", "x 90"]
@@ -390,8 +393,8 @@ def test_lists_in_a_data_folder_are_always_ours():
         list_of("a.mp4,2\n")
 
 
-def test_the_hash_knows_the_lines_and_their_order():
-    """It does not know the system that wrote them."""
+def test_the_hash_depends_on_the_lines_and_their_order():
+    """The byte-order mark and the line ends of Windows do not change it."""
     known = list_of("p 9 0\nq 9 1").hash
     assert list_of("\ufeffp 9 0\r\nq 9 1\r\n").hash == known
     assert list_of("q 9 1\np 9 0\n").hash != known
@@ -399,9 +402,8 @@ def test_the_hash_knows_the_lines_and_their_order():
 
 
 def test_a_long_list_holds_no_python_objects():
-    """A worker process would copy Python objects, but it shares arrays. They need 16 bytes for a
-    short path, and 8 each for the number of frames, the line, the label and where the video's
-    labels begin."""
+    """A worker process shares arrays, but would copy objects. The arrays take 16 bytes for a short
+    path and 8 each for its number of frames, line, label, and where its labels begin."""
     pickled = pickle.dumps(list_of("".join(f"video/{row:05d} 90 1\n" for row in range(20_000))))
     tracemalloc.start()
     videos = pickle.loads(pickled)
@@ -414,6 +416,7 @@ def test_a_long_list_holds_no_python_objects():
 # ---- the training clips ----------------------------------------------------------------------
 
 def train_clips():
+    """Training clips by (epoch, row)."""
     return data.TrainClips(data.VideoList(".", "train"), RECIPE, seed=4)
 
 
@@ -421,6 +424,7 @@ def test_zips_change_no_clip():
     data_folder(".", ["p 3 0"])
     clip, _ = train_clips()[0, 0]
     data.pack_folder(Path("frames/p"))
+    assert os.listdir("frames") == ["p.zip"]
     from_zip, _ = train_clips()[0, 0]
     assert torch.equal(from_zip, clip)
 
@@ -441,8 +445,8 @@ def truncated(file):
 
 
 def one_bit_wrong(file):
-    """In a frame, which is a PNG file here, that changes a length, for which Pillow raises a
-    SyntaxError. In a zip it changes the name of the first frame."""
+    """Byte 35 of a frame (a PNG here) belongs to a length; Pillow then raises a SyntaxError. In a
+    zip it belongs to the name of the first frame."""
     content = bytearray(file.read_bytes())
     content[35] ^= 1
     file.write_bytes(content)
@@ -453,6 +457,7 @@ def not_an_image(file):
 
 
 def of_another_size(file):
+    """A frame; in the place of a zip it is just not a zip."""
     Image.new("RGB", (48, 40)).save(file, format="PNG")
 
 
@@ -491,7 +496,7 @@ def test_a_broken_video_is_named_with_its_line(sound_folder, capsys, damage, pla
     assert "\ntrain.txt:3: q/r: " in capsys.readouterr().out
 
 
-def test_a_broken_frame_in_a_worker_is_one_line(sound_folder, monkeypatch, capsys):
+def test_the_error_of_a_worker_is_one_line(sound_folder, monkeypatch, capsys):
     not_an_image(Path("frames/q/r/img_00003.jpg"))
     loader = DataLoader(train_clips(), sampler=[(0, 1)], num_workers=1)
     monkeypatch.setattr(data, "main", lambda: list(data.load(loader)))
@@ -502,7 +507,7 @@ def test_a_broken_frame_in_a_worker_is_one_line(sound_folder, monkeypatch, capsy
 
 def test_skip_broken_takes_the_next_readable_video(capsys):
     """It looks at most ten rows on. Of 13 videos only those of rows 0 and 11 are there."""
-    list_of("".join(f"v{row} 3 {row % 3}\n" for row in range(13)))
+    list_of("".join(f"v{row} 3 {row // 5}\n" for row in range(13)))
     for row in (0, 11):
         write_frames(f"frames/v{row}", noise(row, 3, 36, 40, 3))
     clips = data.SkipBroken(train_clips())
@@ -514,10 +519,10 @@ def test_skip_broken_takes_the_next_readable_video(capsys):
     assert lines[0].startswith("train.txt:2: ")
 
     _, labels = clips[3, 12]
-    assert labels.tolist() == [1, 0, 0]  # of row 0, which comes after the last
+    assert labels.tolist() == [1, 0, 0]  # of row 0, which follows the last; row 12 has class 2
 
     shutil.rmtree("frames/v11")
-    with pytest.raises(OSError, match="train.txt:12: "):
+    with pytest.raises(OSError, match="train.txt:12: "):  # row 11, the last that is tried
         clips[3, 1]
 
 
@@ -562,20 +567,21 @@ def test_check_names_every_problem(sound_folder, capsys):
         "train.txt:3: q/r: 0 of 3 frames",
         "test.txt:2: s is also in train.txt",
         "test.txt:3: u: 3 of 900000000000000 frames",
-        "val.txt is missing: training needs it",  # not counted: evaluation does not need it
+        "val.txt is missing: training needs it",  # not among the 4: evaluation works
         "4 problems"]
 
 
 # ---- the toy videos --------------------------------------------------------------------------
 
 def toy_labels(rows):
-    """Labels of the default toy by row. They are drawn before pixels, so one frame suffices."""
+    """Labels of the default toy by row. One frame suffices: no draw depends on their number."""
     return [data.draw_video(row, default_rng([0, row]), frames=1)[1] for row in rows]
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """16 toy videos for training, 4 for validation. Tests share them, and none changes them."""
+    """16 toy videos for training; for validation 2 and their reversals. Tests share them, and none
+    changes them."""
     out = tmp_path_factory.mktemp("toy") / "toy"
     data.draw_toy(out, videos=16, seed=3)
     return out
@@ -590,8 +596,8 @@ def test_the_toy_is_a_data_folder(toy):
 
 
 def test_a_label_says_where_the_shape_moves():
-    """Even rows have one shape. It moves 1.2 to 1.6 pixels a frame, about 4 in three frames, and
-    returns at the opposite edge, so np.roll by 4 pixels lays it on itself."""
+    """Even rows have one shape. On each axis it moves 1.2 to 1.6 pixels a frame, about 4 in three
+    frames, and returns at the opposite edge, so np.roll by 4 pixels lays it on itself."""
     for row in range(0, 40, 2):
         video, labels = data.draw_video(row, default_rng([0, row]))
         background = np.median(video, axis=0)  # a shape covers a pixel in few frames
@@ -607,6 +613,7 @@ def test_a_label_says_where_the_shape_moves():
 
 
 def test_odd_rows_have_two_motions_and_every_fifth_row_has_a_background():
+    """Two motions are on different axes: never left and right."""
     seen = set()
     for row, labels in enumerate(toy_labels(range(200))):
         motions = [label for label in labels if label < 8]
@@ -653,6 +660,7 @@ def test_a_model_blind_to_order_scores_at_most_77_83():
 def test_a_smaller_toy_is_the_beginning_of_a_larger_one(toy):
     data.draw_toy("smaller", videos=8, seed=3)
     smaller = contents("smaller/frames/train").items()
+    assert len(smaller) == 8 * 24
     assert smaller <= contents(toy / "frames/train").items()
 
 
@@ -711,8 +719,8 @@ def test_videos_become_frames_and_a_list(capsys):
 
 @needs_ffmpeg
 def test_a_phones_upright_video_becomes_320_pixels_wide():
-    """Its tag says how to turn it. FFmpeg writes it by one option from version 6 on and by another
-    one before."""
+    """Its tag says how to turn it. FFmpeg 6 and later write it by one option, older ones by
+    another."""
     plain = film("plain.mp4")
     try:
         ffmpeg("-display_rotation", 90, "-i", plain, "-c", "copy", "turned.mp4")
@@ -744,7 +752,7 @@ def test_what_is_left_of_a_damaged_video_is_kept():
     truncated(cut)
     frames, complaint = decode(cut)
     last = len(frames) - 1  # the file ends within this frame
-    assert last >= 10  # the index and the first frame, a whole picture, are large
+    assert last >= 10  # not 15: the index and the first frame are larger than what changes later
     assert torch.equal(frames[:last], decode(whole)[0][:last])
     assert complaint.startswith("ffmpeg: ")
     assert " @ 0x" not in complaint  # an address, of no use to anybody
@@ -760,8 +768,10 @@ def test_a_video_may_change_its_size_and_pixel_format():
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("matrix, scale", [  # a stream and a filter name the same matrix
-    ("bt709", "bt709"), ("smpte170m", "bt601")])
+@pytest.mark.parametrize("matrix, scale", [  # from RGB to YUV: the stream's name, the filter's
+    ("bt709", "bt709"),  # HD
+    ("smpte170m", "bt601"),  # older
+])
 def test_colours_of_hd_and_older_videos_are_kept(matrix, scale):
     red = [200, 60, 40]
     ffmpeg("-f", "lavfi", "-i", f"color=c=0x{bytes(red).hex()}:size=64x48:rate=30",
@@ -805,18 +815,18 @@ def test_a_full_disk_stops_the_extraction(fake_ffmpeg):
     assert not os.path.exists("data/frames/b")
 
 
-def test_ctrl_c_does_not_reach_ffmpeg(fake_ffmpeg):
-    """It would end early with half of the frames. Ctrl-C ends the processes of one session."""
+def test_ffmpeg_runs_in_a_session_of_its_own(fake_ffmpeg):
+    """So Ctrl-C does not reach it: it would end with half of the frames."""
     write("videos/b.mp4", "fail without a session of its own")
     assert extract() == (ABC, "")
 
 
 @pytest.mark.parametrize("text, failure", [
-    ("get stopped", "ffmpeg was stopped (status 255)"),
+    ("stop", "ffmpeg was stopped (status 255)"),
     ("get killed", "ffmpeg was stopped (status -9)"),
-    ("no frame", "ffmpeg: no frame\n"),
+    ("write nothing", "ffmpeg: no frame\n"),
 ])
-def test_a_video_without_all_its_frames_fails(fake_ffmpeg, text, failure):
+def test_a_video_fails_if_ffmpeg_is_stopped_or_writes_no_frame(fake_ffmpeg, text, failure):
     write("videos/b.mp4", text)
     lines, failures = extract()
     assert lines == "a 2 -1\nc 2 -1\n"
@@ -825,13 +835,14 @@ def test_a_video_without_all_its_frames_fails(fake_ffmpeg, text, failure):
 
 
 def test_frames_of_a_damaged_video_are_kept_with_a_warning(fake_ffmpeg, capsys):
+    """FFmpeg ends with an error after the first of two frames."""
     write("videos/b.mp4", "fail")
     assert extract() == ("a 2 -1\nb 1 -1\nc 2 -1\n", "")
     assert "b.mp4: 1 frames kept; ffmpeg: status 1\n" in capsys.readouterr().err
 
 
-def test_a_killed_extraction_goes_on(fake_ffmpeg):
-    """It is killed while the second of three videos is half decoded."""
+def test_a_killed_extraction_goes_on(fake_ffmpeg, capsys):
+    """It is killed while the second of three videos is half decoded. The first one is kept."""
     write("videos/b.mp4", "kill the parent")
     process = get_context("fork").Process(target=extract)
     process.start()
@@ -840,7 +851,10 @@ def test_a_killed_extraction_goes_on(fake_ffmpeg):
     assert not Path("data/frames/b").exists()
     write("videos/b.mp4", "")
     assert extract() == (ABC, "")
+    assert "1 of 3 videos were extracted earlier" in capsys.readouterr().err
 
+
+# ---- extraction: a second run ----------------------------------------------------------------
 
 def test_a_second_run_keeps_what_is_whole(fake_ffmpeg):
     # a: a zip, whose video is gone
@@ -940,30 +954,30 @@ def test_frames_of_a_quicker_extraction_are_taken(fake_ffmpeg, monkeypatch):
 
 def test_another_split_extracted_meanwhile_must_agree(fake_ffmpeg, monkeypatch):
     before_decoding(monkeypatch, lambda: extract("b.mp4,run\n", "val"))
-    with pytest.raises(ValueError, match="categories.txt: another command has written it mean"):
+    with pytest.raises(ValueError, match="categories.txt: another command has written it"):
         extract("a.mp4,jump\n")
     assert not Path("data/train.txt").exists()
 
     before_decoding(monkeypatch, lambda: extract("c.mp4,run\n", "test"))
-    with pytest.raises(ValueError, match="test.txt: another command .* names c too; run this one"):
+    with pytest.raises(ValueError, match="test.txt: another command .* names c too"):
         extract("a.mp4,run\nc.mp4,run\n")
 
 
 def test_only_old_leftovers_are_removed(fake_ffmpeg):
-    """Young ones may belong to a run that is at work, and do not disturb this one."""
-    old = ["data/frames/.part-train-2", "data/a.txt.part-2", "toy.part-2"]
-    # another container's process may have this one's number
+    """Those of the last hour may belong to a run that is at work, and do not disturb this one."""
+    # its process, in another container, has the number of ours
     young = f"data/frames/.part-train-{os.getpid()}"
     busy = "data/frames/.part-train-1"  # old, but the folder x in it is young
-    paths = [young, busy, *old]
-    for path in paths:
+    old = ["data/frames/.part-train-2", "toy.part-2"]
+    for path in [young, busy, *old]:
         write(f"{path}/x/img_00001.jpg", "")
-    for path in [busy, *old]:
+    old_list = "data/a.txt.part-2"
+    write(old_list, "")
+    for path in [busy, *old, *[f"{path}/x" for path in old], old_list]:
         make_old(path)
-    for path in old:
-        make_old(f"{path}/x")
     extract()
     data.draw_toy("toy", videos=8)
+    paths = [young, busy, *old, old_list]
     assert [path for path in paths if os.path.exists(path)] == [young, busy]
 
 
@@ -1046,7 +1060,7 @@ def test_a_zip_may_lie_beside_a_folder_of_its_name(fake_ffmpeg):
 # ---- extraction: lists -----------------------------------------------------------------------
 
 def test_a_list_of_another_project_becomes_ours(fake_ffmpeg, capsys):
-    write("videos/d.mp4", "no frame")
+    write("videos/d.mp4", "write nothing")
     write("list.txt", "b.mp4 7 264\n"
                       "absent.mp4 3\n"
                       "./a.mp4 2\n"

@@ -91,23 +91,25 @@ def test_the_metric_refuses(scores, labels, message):
 # ---- the views of a video ------------------------------------------------------------------------
 
 def test_views_are_clips_times_crops_times_scales():
+    # a size is one scale: (short side of the frame, side of the crop)
     protocol = {"clips": 10, "crops": "3", "sizes": [(128, 128), (144, 144), (160, 160)]}
     assert evaluate.count_views(protocol) == 10 * 3 * 3
     assert evaluate.count_views({**protocol, "crops": "1"}) == 10 * 1 * 3
 
 
-def test_three_crops_lie_along_the_long_side():
-    """At the top left, a crop of 224 of 340x256 pixels leaves 116 to its right and 32 below it."""
+def test_three_crops_are_start_end_and_centre_of_the_long_side():
+    """In 340x256 pixels a crop of 224x224 can move 116 to the right and 32 down."""
     assert evaluate.crop_places(116, 32, "3", None) == [(0, 16), (116, 16), (58, 16)]
     assert evaluate.crop_places(32, 116, "3", None) == [(16, 0), (16, 116), (16, 58)]  # portrait
 
 
-def test_a_centre_crop_is_rounded_to_even():
+def test_the_place_of_a_centre_crop_is_rounded_to_even():
     """59 / 2 = 29.5 becomes 30, and 57 / 2 = 28.5 becomes 28, as in torchvision."""
     assert evaluate.crop_places(59, 57, "1", None) == [(30, 28)]
 
 
-def test_random_crops_reach_every_place():
+def test_three_random_crops_reach_every_place():
+    """20 times three crops that can move 2 down."""
     rng = np.random.default_rng(0)
     places = []
     for _ in range(20):
@@ -117,9 +119,9 @@ def test_random_crops_reach_every_place():
 
 
 @pytest.fixture
-def frames_read(monkeypatch):
-    """Every video has frames of 20x16 pixels that say where they are: red is the frame's index,
-    green x, blue y. The fixture is a list of the indices that were read."""
+def painted_frames(monkeypatch):
+    """Every video has frames of 20x16 pixels, painted by place: red is the frame's index, green x,
+    blue y. The fixture is the list of the reads, each a list of indices."""
     calls = []
 
     def read_frames(folder, indices):
@@ -135,7 +137,7 @@ def frames_read(monkeypatch):
 
 
 def views_of(num_frames, protocol, name="a name", **recipe):
-    """The views of a video: for each scale one tensor."""
+    """The views of a video: for each scale one tensor, uint8 (V, T, H, W, 3)."""
     protocol = evaluate.make_protocol(recipe, protocol)
     return evaluate.make_views("folder", num_frames, name, recipe, protocol)
 
@@ -150,15 +152,15 @@ def read_off(views):
     return places
 
 
-def test_protocol_clip_is_the_middle_window_and_the_centre_crop(frames_read):
-    """A window of 4 frames that are 2 apart takes the middle 8 of 40 frames. The crop is the middle
-    8x8 of 20x16 pixels."""
+def test_protocol_clip_is_the_middle_window_and_the_centre_crop(painted_frames):
+    """A window of 4 frames that are 2 apart is 8 long, as the gap after its last frame counts; it
+    lies in the middle of 40 frames. The crop is the middle 8x8 of 20x16 pixels."""
     [views] = views_of(40, "clip", sampling="clip", frames=4, stride=2, test_resize=16, test_crop=8)
     assert (views.shape, views.dtype) == ((1, 4, 8, 8, 3), torch.uint8)
     assert read_off(views) == [([16, 18, 20, 22], 6, 4)]
 
 
-def test_two_clips_three_crops_two_scales(frames_read):
+def test_two_clips_three_crops_two_scales(painted_frames):
     """Two segments of 40 frames: the first clip is their middles, the second a random frame of
     each. Of 20x16 pixels, a crop of 16 leaves 4 to its right."""
     large, small = views_of(40, "multiscale", sampling="segments", frames=2, stride=1, clips=2,
@@ -174,16 +176,15 @@ def test_two_clips_three_crops_two_scales(frames_read):
     assert torch.equal(small[:, :, 0, 0, 0], large[:, :, 0, 0, 0])  # the same frames
 
 
-def test_windows_are_spread_over_the_video(frames_read):
-    """A window takes 2 x 2 of the 8 frames, since the gap after its last frame counts too. So the
-    last one starts at frame 4."""
+def test_windows_are_spread_over_the_video(painted_frames):
+    """A window is 4 of the 8 frames long, so the last one starts at frame 4."""
     [views] = views_of(8, "dense", sampling="clip", frames=2, stride=2, clips=3, crops="1",
                        scales=(16, 12))  # dense: the first scale alone
     assert read_off(views) == [([0, 2], 2, 0), ([2, 4], 2, 0), ([4, 6], 2, 0)]
-    assert frames_read == [[0, 2, 4, 6]]  # those of several windows are read once
+    assert painted_frames == [[0, 2, 4, 6]]  # a frame of two windows is read once
 
 
-def test_randomness_depends_on_the_name_alone(frames_read):
+def test_randomness_depends_on_the_name_alone(painted_frames):
     def random_places(name):
         [views] = views_of(200, "dense", name, sampling="segments", frames=8, stride=1, clips=5,
                            crops="random", scales=(12,))
@@ -217,6 +218,11 @@ def one_pixel_views(*logits):
     return torch.tensor(pixels, dtype=torch.uint8).view(len(logits), 1, 1, 1, 3)
 
 
+def batch_of_one(views):
+    """The views of one video as a batch, which score_views takes."""
+    return [scale[None] for scale in views]
+
+
 @pytest.mark.parametrize("loss, expected", [
     # sigmoid(0) = .5 in every view; sigmoid(2) = .8808 in one, and .5 in three
     ("bce", [0.5, 0.5952]),
@@ -227,8 +233,8 @@ def test_four_views_by_hand(loss, expected):
     """Of two views at each of two scales, one has the logits (0, 2), the others (0, 0). After
     training by cross-entropy (ce) the classes exclude each other: their probabilities sum to 1."""
     views = [one_pixel_views((0, 2), (0, 0)), one_pixel_views((0, 0), (0, 0))]
-    _, batch = evaluate.stack_views([(0, views)])
-    scores = evaluate.score_views(Corner().eval(), batch, {**PLAIN, "loss": loss}, CPU)
+    recipe = {**PLAIN, "loss": loss}
+    scores = evaluate.score_views(Corner().eval(), batch_of_one(views), recipe, CPU)
     close(scores, [expected], 1e-4)
 
 
@@ -237,8 +243,8 @@ def test_scores_of_half_precision_logits_do_not_tie():
     def half_corner(clip):
         return clip[:, 0, :2, 0, 0].bfloat16()
 
-    [[first, second]] = evaluate.score_views(half_corner, [one_pixel_views((9, 12))[None]], PLAIN,
-                                             CPU)
+    batch = batch_of_one([one_pixel_views((9, 12))])
+    [[first, second]] = evaluate.score_views(half_corner, batch, PLAIN, CPU)
     assert first < second < 1
 
 
@@ -247,8 +253,8 @@ FIVE_VIDEOS = [(row, [one_pixel_views((row, 0), (row, 0), (row, 0))]) for row in
 FIVE_SCORES = [[1 / (1 + np.exp(-row)), 0.5] for row in range(5)]
 
 
-def test_batches_workers_and_training_change_nothing():
-    """Three videos, of nine views, are loaded at once, then two. At most four views are in one
+def test_batches_workers_and_training_mode_change_nothing():
+    """Three videos (nine views) are loaded together, then two (six). At most four views are in one
     forward pass."""
     model = Corner().train()
     calls = remember(model)
@@ -259,8 +265,8 @@ def test_batches_workers_and_training_change_nothing():
 
 
 def predict_as(rank, port):
-    """One of three processes, with the variables that torchrun sets. What predict returns to it is
-    written into a file."""
+    """One of three processes, with the variables that torchrun sets. It saves what predict
+    returns."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
     evaluate.start_process("cpu")
@@ -270,7 +276,7 @@ def predict_as(rank, port):
 
 
 def test_every_process_gets_all_scores(capfd):
-    """Of two videos, the third process scores none. Only the first one prints its progress."""
+    """Of two videos, the third process scores none. Only one of them prints its progress."""
     # forked processes need not import torch again
     torch.multiprocessing.start_processes(predict_as, (free_port(),), 3, start_method="fork")
     for rank in range(3):
@@ -278,16 +284,18 @@ def test_every_process_gets_all_scores(capfd):
     assert capfd.readouterr().err.count("videos 1/1, ") == 1  # its share
 
 
+# ---- the script ----------------------------------------------------------------------------------
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """Toy videos, and a TSN on a ResNet-18 and two frames, with random weights.
+    """What a training run leaves: toy videos and a checkpoint, here with drawn weights.
 
-    .toy          the data folder
-    .model        the network
-    .recipe       that of a run with --clips 3 --scales 36 40
+    .toy          the data folder; its list three.txt is not sorted by name
+    .model        the network: a TSN on a ResNet-18 and two frames
+    .recipe       its recipe: the row toy, but with frames 2, clips 3, scales 36 and 40
     .checkpoint   the file of both, as train.py writes it
-    .ours         flags: the checkpoint
-    .three        flags: a list of three videos, not in the order of their names; a score file
+    .ours         flags that name the checkpoint
+    .three        flags that score three.txt into scores.npz
     """
     folder = tmp_path_factory.mktemp("lab")
     toy = folder / "toy"
@@ -341,41 +349,41 @@ def test_flags_reach_views_and_scores(lab, score):
     file, _ = score(*lab.ours, *flags.split())
     recipe = {**lab.recipe, "scales": [36, 44], "std": [0.2, 0.3, 0.4], "sampling": "clip",
               "stride": 5}
-    protocol = evaluate.make_protocol(recipe, "multiscale")
+    protocol = evaluate.make_protocol(recipe, "multiscale")  # since --scales is given
     videos = data.read_list(lab.toy / "three.txt")
     for video, scores in zip(videos, file["scores"], strict=True):
         folder = lab.toy / "frames" / video.path
         views = evaluate.make_views(folder, video.frames, video.path, recipe, protocol)
-        _, batch = evaluate.stack_views([(0, views)])
-        close(scores, evaluate.score_views(lab.model, batch, recipe, CPU)[0], 1e-5)
+        expected = evaluate.score_views(lab.model, batch_of_one(views), recipe, CPU)
+        close(scores, expected[0], 1e-5)
 
 
 def test_only_the_first_process_prints_and_writes(lab, run, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    assert run(*lab.three, *lab.ours)[:2] == (0, [])
-    assert os.listdir() == []
-    assert run(*lab.ours, "--video", "gone.mp4") == (0, [], [])  # it does not even look for it
+    status, lines, _ = run(*lab.three, *lab.ours)
+    assert (status, lines, os.listdir()) == (0, [], [])
+    # for --video one process suffices; the others end before they look for the file
+    assert run(*lab.ours, "--video", "gone.mp4") == (0, [], [])
 
 
 # ---- what is printed -----------------------------------------------------------------------------
 
 def test_the_printed_figures_by_hand(capsys):
-    """Rows are videos. The label of the first is ranked first, AP 1; that of the second is ranked
-    second, AP 1/2; the third has none, AP 0.
+    """Rows are videos. Video 0 ranks its label first, AP 1; video 1 second, AP 1/2; video 2 has
+    none, AP 0.
 
-    Columns are classes, each of which ranks the three videos. Class 0 belongs to the first video,
-    which has its highest score: AP 1. Class 1 belongs to the second video, which has its lowest
-    score: AP 1/3. Class 2 belongs to no video and does not count.
+    Columns are classes, each of which ranks the videos. Class 0 ranks its video first, AP 1; class
+    1 last of three, AP 1/3; class 2 has none and does not count.
     """
     scores = np.array([[0.9, 0.6, 0.0], [0.8, 0.5, 0.0], [0.1, 0.7, 0.3]])
     labels = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0]])
     evaluate.print_metrics(scores, labels)
-    first, second, last = capsys.readouterr().out.splitlines()
-    # (1 + 1/3) / 2; of the two labelled videos, one has its label first, both have it in three
-    assert first == "class-level mAP 66.67, top-1 hit rate 50.00, top-5 100.00"
-    assert "1 of 3 videos have no label" in second
-    assert "mAP of the others 75.00" in second  # (1 + 1/2) / 2
-    assert last == "mAP 50.00"  # (1 + 1/2 + 0) / 3
+    class_line, unlabelled_line, map_line = capsys.readouterr().out.splitlines()
+    # (1 + 1/3) / 2; one of the two labelled videos has its label first, both among their five
+    assert class_line == "class-level mAP 66.67, top-1 hit rate 50.00, top-5 100.00"
+    assert "1 of 3 videos have no label" in unlabelled_line
+    assert "mAP of the others 75.00" in unlabelled_line  # (1 + 1/2) / 2
+    assert map_line == "mAP 50.00"  # (1 + 1/2 + 0) / 3
 
 
 def test_hit_rates_by_hand():
@@ -423,8 +431,9 @@ def test_a_list_without_labels_and_a_video_without_frames(lab, score):
 # ---- --video -------------------------------------------------------------------------------------
 
 @needs_ffmpeg
-def test_a_video_gets_the_scores_of_a_list(lab, run, score):
-    """The same video, of a second, is extracted into a data folder and scored there."""
+def test_a_video_file_is_scored_as_in_a_list(lab, run, score):
+    """One film of a second, as a file and in a data folder. Its random clips agree as well: they
+    depend on its name, "film" in both."""
     os.mkdir("films")
     command = "ffmpeg -v error -f lavfi -i testsrc2=size=64x48:rate=30:duration=1 films/film.mp4"
     subprocess.run(command.split(), check=True)
@@ -442,9 +451,9 @@ def test_a_video_gets_the_scores_of_a_list(lab, run, score):
     close(list(result["labels"].values()), file["scores"][0, ranking], 1e-5)
 
 
-def test_progress_while_ffmpeg_decodes(lab, run, frames_read, monkeypatch):
-    """Every five seconds; here every 0.05 s, and fake_ffmpeg.py takes a second after its first
-    frame."""
+def test_progress_while_ffmpeg_decodes(lab, run, painted_frames, monkeypatch):
+    """A line is printed every five seconds; `hurry` makes that 0.05. fake_ffmpeg.py does what the
+    video's text says."""
     program = (ROOT / "tests" / "fake_ffmpeg.py").read_text()
     write("bin/ffmpeg", f"#!{sys.executable}\n{program}").chmod(0o755)
     monkeypatch.setenv("PATH", os.path.abspath("bin"), prepend=os.pathsep)
@@ -468,8 +477,8 @@ DECODED = {  # what data.decode_video returns: the number of frames, and what is
 
 
 @pytest.fixture
-def decoded(frames_read, monkeypatch):
-    """In place of ffmpeg, and of the frames that it would write."""
+def decoded(painted_frames, monkeypatch):
+    """ffmpeg is replaced by DECODED, its frames by painted ones."""
     monkeypatch.setattr(data, "require_ffmpeg", lambda: None)
     monkeypatch.setattr(data, "decode_video", lambda file, folder, progress: DECODED[file])
 
@@ -489,7 +498,7 @@ def test_an_odd_video_is_named_and_does_not_stop_the_others(lab, run, decoded, m
 
 
 def test_a_picture_of_the_middle_clip(lab, run, decoded):
-    """Its two frames are the middles of two halves of 40 frames, and as red as their numbers. They
+    """Its two frames are the middles of two halves of 40 frames; their red is their index. They
     have 20x16 pixels; in the picture they are 128 high, so 160 wide, and 4 apart."""
     assert run(*lab.ours, "--picture", "out.png", "--video", "cut.mp4")[0] == 0
     red = np.asarray(Image.open("out.png"))[:128, :, 0]
@@ -499,15 +508,16 @@ def test_a_picture_of_the_middle_clip(lab, run, decoded):
 
 # ---- networks and their recipes ------------------------------------------------------------------
 
-def test_a_recipe_is_the_shared_settings_and_a_row():
+def test_a_recipe_is_the_defaults_overridden_by_a_row():
     module, recipe = evaluate.open_model("tsn", "senet154_5f")
     assert module is tsn
     assert recipe == {**data.RECIPE, **evaluate.RECIPE, **tsn.RECIPES["senet154_5f"]}
     assert evaluate.open_model("tsn") == evaluate.open_model("tsn", "r101_5f")  # the first row
 
 
-def test_the_row_toy_overrides_what_belongs_to_the_toy_videos():
-    """data.TOY has the crop 32 and the scales (32,). SlowFast's row has scales of its own."""
+def test_the_row_toy_overrides_data_toy():
+    """data.TOY, for all networks, has the crop 32 and the scales (32,). SlowFast's row toy has
+    other scales."""
     _, recipe = evaluate.open_model("slowfast", "toy")
     assert (recipe["crop"], recipe["scales"]) == (32, (32, 30, 28))
 
@@ -525,7 +535,8 @@ def parse(monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags", [["--data", "DATA"], ["--video", "a.mp4"]])
 def test_toy_as_the_first_row_is_not_for_real_videos(lab, parse, monkeypatch, flags):
-    """As in a model file that was begun on the toy, whose crops have 32 pixels."""
+    """A model file begun on the toy may have no other row. Its crops of 32 pixels are too small for
+    real videos."""
     monkeypatch.setattr(tsn, "RECIPES", {"toy": tsn.RECIPES["toy"]})
     with pytest.raises(ValueError, match="put a row for real data before it, or pass --recipe toy"):
         parse("--model", "tsn", "--weights", lab.checkpoint, *flags)
@@ -540,7 +551,7 @@ def test_epochs_and_iterations_clear_each_other():
 def test_classes_without_names_are_numbered():
     """Other people's weights do not hold the names."""
     args = SimpleNamespace(categories=None)
-    assert evaluate.name_classes(args, None, 2) == ["class 0", "class 1"]
+    assert evaluate.name_classes(args, folder=None, num_classes=2) == ["class 0", "class 1"]
 
 
 # ---- weights of any file -------------------------------------------------------------------------
@@ -583,8 +594,8 @@ W = torch.ones(1)
 
 @pytest.mark.parametrize("checkpoint", [
     {"a.module.w": W},
-    # DDP's prefix; the first container counts
-    {"epoch": 3, "state_dict": {"module.a.module.w": W}, "net": {"ema": 2}},
+    # DDP's prefix; state_dict counts before net
+    {"epoch": 3, "net": {"ema": 2}, "state_dict": {"module.a.module.w": W}},
     # PySlowFast's prefix
     {"epoch": 3, "model_state": {"model.a.module.w": W}},
     # torch.compile's prefix among others; a text is no container
@@ -606,13 +617,14 @@ def test_the_prefix_model_stays_if_one_key_lacks_it():
     ({"state_dict": {}}, "^file.pth: holds no tensors"),
     ({"w": W, "epoch": 3}, "^file.pth: epoch is not a tensor"),
 ])
-def test_a_file_without_tensors_is_refused(checkpoint, message):
+def test_a_file_must_hold_tensors_and_nothing_else(checkpoint, message):
     with pytest.raises(ValueError, match=message):
         evaluate.state_of(tsn, checkpoint, "file.pth")
 
 
 def test_only_other_peoples_files_need_a_convert():
-    """The keys of a checkpoint of ours stay as they are, also if all begin with `model.`."""
+    """A model file's convert renames other people's tensors. The keys of our checkpoints stay, even
+    if all begin with `model.`."""
     module = SimpleNamespace(__name__="new")
     config = {"model": "new", "recipe": {}, "categories": None}
     checkpoint = {"model": {"model.w": W}, "config": config}
@@ -633,37 +645,40 @@ def test_weights_that_do_not_fit_are_named(lab):
         evaluate.load_weights(tsn, lab.recipe, state, "file.pth")
 
 
-def test_a_classifier_tells_the_number_of_classes(lab):
+def test_the_number_of_classes_is_the_classifiers(lab):
     state = tsn.build(lab.recipe, 1).state_dict()
     _, num_classes = evaluate.load_weights(tsn, lab.recipe, state, "file.pth")
     assert num_classes == 1
 
 
-def test_other_peoples_weights_score_as_ours(lab, score):
+def test_tensors_alone_score_as_the_checkpoint_that_held_them(lab, score):
     ours, _ = score(*lab.ours)
     tensors = lab.model.state_dict()
     del tensors["backbone.bn1.num_batches_tracked"]  # old files lack this counter
-    torch.save(tensors, "public.pth")
-    public = ["--model", "tsn", "--weights", "public.pth", "--recipe", "toy", "--frames", 2]
-    theirs, _ = score(*public)
-    assert np.array_equal(theirs["scores"], ours["scores"])
-    softmax, _ = score(*public, "--loss", "ce")
-    close(softmax["scores"].sum(axis=1), np.ones(3), 1e-5)  # softmax: the classes sum to 1
+    torch.save(tensors, "bare.pth")
+    bare = ["--model", "tsn", "--weights", "bare.pth", "--recipe", "toy", "--frames", 2]
+    file, _ = score(*bare)
+    assert np.array_equal(file["scores"], ours["scores"])
+
+    # only the flag tells how such a network was trained: now the classes sum to 1
+    softmax, _ = score(*bare, "--loss", "ce")
+    close(softmax["scores"].sum(axis=1), np.ones(3), 1e-5)
 
 
 def test_a_checkpoints_recipe_overrides_the_row(lab, parse):
-    """Its loss counts, for example. A key that an old checkpoint lacks has the row's value."""
+    """Its loss counts, for example. What an old checkpoint lacks is that of the first row."""
     checkpoint = evaluate.read_checkpoint(lab.checkpoint)
     recipe = checkpoint["config"]["recipe"]
     recipe["loss"] = "ce"
-    del recipe["stride"]
+    del recipe["backbone"]
     torch.save(checkpoint, "old.pt")
     args, _ = parse("--checkpoint", "old.pt")
-    assert args.recipe == {**recipe, "stride": data.RECIPE["stride"]}
+    assert args.recipe == {**recipe, "backbone": "resnet101"}
 
 
 def notes_of_a_run(given=(), **changes):
-    """What is noted if the checkpoint of a run is used with other settings."""
+    """The notes if a run's checkpoint is used with changed settings. Its network is built from
+    `width` and `gate`, which build reads. given: the keys that were flags."""
     def build(recipe, num_classes):
         return recipe["width"], recipe.get("gate")
 
@@ -677,11 +692,11 @@ def notes_of_a_run(given=(), **changes):
 def test_usual_changes_of_settings_are_not_noted():
     assert notes_of_a_run(clips=10) == []  # chosen for each evaluation
     assert notes_of_a_run(mean=[0.4, 0.4, 0.4]) == []  # a list of the same numbers
-    assert notes_of_a_run({"init"}, loss="ce") == []  # the weights are a start for training
+    assert notes_of_a_run({"init"}, loss="ce") == []  # --init: the file only starts a training
 
 
 def test_settings_that_are_not_those_of_the_run_are_named():
-    """Those that matter to any network, and those that this one is built from: width and gate."""
+    """Those that matter to any network, and those that this one is built from."""
     [note] = notes_of_a_run(mean=(0.5, 0.5, 0.5), frames=16, loss="ce", width=64, gate="relu")
     assert note == (
         "note: best.pt was trained with other settings: mean [0.4, 0.4, 0.4] there, [0.5, 0.5, 0.5]"
@@ -690,7 +705,8 @@ def test_settings_that_are_not_those_of_the_run_are_named():
 
 
 def test_weights_of_another_model_of_ours_are_noted(lab, parse):
-    """A TSN in TSM's place loads completely. Settings that only one of them has do not count."""
+    """TSM has the tensors of a TSN, so the file fits. Settings that only one of them has do not
+    count."""
     flags = ["--weights", lab.checkpoint, "--recipe", "toy", "--frames", 2]
     assert parse("--model", "tsn", *flags)[1] == []
     _, [note] = parse("--model", "tsm", *flags)
@@ -705,7 +721,7 @@ def test_a_model_file_may_check_the_tensors():
     module.check.assert_called_once_with("recipe", "given", {"w": W})
 
 
-# ---- processes -----------------------------------------------------------------------------------
+# ---- processes, precision, speed -----------------------------------------------------------------
 
 def test_the_first_process_draws_the_toy_once(monkeypatch):
     draw = Mock(side_effect=os.makedirs)
@@ -725,7 +741,7 @@ def test_half_precision_changes_scores_little(lab, score, amp):
     assert 0 < abs(half["scores"] - expected["scores"]).max() < 0.01
 
 
-def test_flags_of_speed_change_no_score(lab, score, monkeypatch):
+def test_speed_flags_change_no_score(lab, score, monkeypatch):
     """Compiling takes a minute; here it is enough that it is asked for."""
     expected, _ = score(*lab.ours)
     compiled = []
@@ -750,8 +766,8 @@ def test_channels_last_of_3d_convolutions():
 # ---- flags ---------------------------------------------------------------------------------------
 
 def test_a_recipe_key_is_a_flag():
-    """It takes what the key's value is: a fraction, yes or no, several numbers, a word; None stands
-    for a number that the network chooses. A flag that is not given leaves no value."""
+    """It takes values of the default's kind: a fraction, yes or no, several numbers, a word; None
+    stands for a number that the network chooses. A flag that is not given leaves no value."""
     recipe = dict(momentum=0.1, flip=True, scales=(256,), slow_index="stride", alpha=None)
     parser = argparse.ArgumentParser()
     evaluate.add_recipe_flags(parser, recipe)
@@ -772,14 +788,14 @@ def test_the_protocol_follows_from_the_flags(lab, parse, flags, protocol):
 
 
 @pytest.mark.parametrize("flags, expected", [
-    # the run's scales are 36 and 40, for --test-resize 36
     ("--test-resize 72 --protocol multiscale", ["the scales follow --test-resize: [72, 80]"]),
     ("--scales 22 54", []),
     ("--scales 21 55", ["the scale 21 is far", "the scale 55 is far"]),
     ("--protocol dense --scales 36 55", []),  # it uses the first one alone
 ])
 def test_notes_on_scales(lab, parse, flags, expected):
-    """Far is below --test-crop / 1.5 = 32 / 1.5 = 21.3 or above --test-resize x 1.5 = 54."""
+    """The run has --test-resize 36, --test-crop 32, and the scales 36 and 40. Far is below
+    32 / 1.5 = 21.3 or above 1.5 * 36 = 54."""
     _, notes = parse(*lab.ours, *flags.split())
     for note, words in zip(notes, expected, strict=True):
         assert words in note
