@@ -1,7 +1,7 @@
 """python stopped.py --by SIGNAL --place PLACE --call N [...] train.py ...: the script, ended by a
 signal in the N-th call of a function.
 
-PLACE         the signal comes
+PLACE, where the signal comes:
 step          before the weights are changed
 validation    before a batch of videos is scored
 save          when half of a checkpoint is written
@@ -26,7 +26,7 @@ PLACES = {
 
 
 def stop_in(place, nth_call, signal_name):
-    """Replace a function by one that ends this process when it is called so many times."""
+    """Replace a function by one that ends this process in its nth call."""
     module, name = PLACES[place]
     function = getattr(module, name)
     calls = []
@@ -60,8 +60,9 @@ if __name__ == "__main__":
         os.setpgrp()  # a group of its own, or pytest would be stopped too
         # A shell that starts pytest in the background has it ignore Ctrl-C.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # killed at most twice; then it runs to its end
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    if restarts < 2 and args.rank == os.environ.get("RANK", "0"):  # a second restart runs on
+    if restarts < 2 and args.rank == os.environ.get("RANK", "0"):
         stop_in(args.place, args.call, args.by)
     sys.argv = args.command
     runpy.run_path(sys.argv[0], run_name="__main__")
