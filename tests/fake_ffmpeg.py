@@ -1,4 +1,4 @@
-"""Takes the place of ffmpeg in test_data.py and test_evaluate.py: it writes one frame, does what
+"""Takes the place of ffmpeg in test_data.py and test_evaluate.py: it writes a frame, does what
 the video's text says, and then, if it has not ended, writes a second one."""
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Bad input to any command is one line on stderr, under one line of usage if argparse finds it, and
+"""Bad input to any command gives one line on stderr, below a line of usage if argparse objects, and
 exit status 2. The line names the file, the list line or the flag, and says what is wanted; some
 lines are Python's, PyTorch's or FFmpeg's own. There is no traceback, and no file is left behind.
 What only looks bad, such as a space in a path, works.
@@ -65,9 +65,9 @@ TABLE = [  # (command, part of the line on stderr)
 
     # train.py: flags. Of those that argparse checks, one of each kind.
     ("train --model tsn --no-such-flag 1", "unrecognized arguments: --no-such-flag 1"),
-    ("train --model tsn --workers -1", "argument --workers: -1: at least 0"),  # no setting
-    ("train --model tsn --frames 0", "argument --frames: 0: at least 1"),      # a whole setting
-    ("train --model tsn --lr nan", "argument --lr: nan: at least 0"),          # a real one
+    ("train --model tsn --workers -1", "argument --workers: -1: at least 0"),  # not in RECIPE
+    ("train --model tsn --frames 0", "argument --frames: 0: at least 1"),      # an integer
+    ("train --model tsn --lr nan", "argument --lr: nan: at least 0"),          # a fraction
     ("train --model tsn --loss hinge", "argument --loss: invalid choice: 'hinge'"),
     ("train --model tsn --mean 0.5 0.5", "argument --mean: expected 3 arguments"),
     # from here on, train.py's own checks
@@ -172,12 +172,12 @@ TABLE = [  # (command, part of the line on stderr)
     ("ensemble val.npz --out gone/a.npz",
      "gone/a.npz: there is no such folder, or it cannot be written to"),
 ]
-ROWS = []
+CASES = []
 for command, expected in TABLE:
     marks = []
     if "extract" in command or "--video" in command.split():  # not --videos
         marks.append(needs_ffmpeg)
-    ROWS.append(pytest.param(command, expected, marks=marks, id=command))
+    CASES.append(pytest.param(command, expected, marks=marks, id=command))
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,7 @@ def folder(tmp_path_factory):
     toy_with("reordered", train=reversed(Path("runs/toy/train.txt").read_text().splitlines()))
     write("no-lists/categories.txt", "a class\n")
 
-    # In "short" a video is called "train/00000 24 1", which looks like a list line, and has 2
+    # In "short" a video is called "train/00000 24 1", like a list line, and is listed with 2
     # frames, fewer than the 8 segments.
     toy_with("short", val=["train/00000 24 1 2 3"])
     os.remove("short/frames")  # the link
@@ -253,8 +253,8 @@ def tree(folder):
     return times
 
 
-@pytest.mark.parametrize("command, expected", ROWS)
-def test_bad_input_is_one_line_and_leaves_nothing(folder, capsys, command, expected):
+@pytest.mark.parametrize("command, expected", CASES)
+def test_bad_input_is_one_line_and_leaves_no_file(folder, capsys, command, expected):
     before = tree(folder)
     assert call(*shlex.split(command)) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -271,7 +271,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, capsys, command, expec
     ("train --model tsn --recipe toy --data 'a link' --epochs 1 --out 'a run' --resume",
      "a run/best.pt"),
     ("evaluate --checkpoint run/best.pt --data 'a link' --out linked.npz", "linked.npz"),
-    # one video for two workers
+    # an odd name, and one video for two workers
     ("evaluate --checkpoint run/best.pt --data short --workers 2 --out short.npz", "short.npz"),
     ("ensemble val.npz --out 'two words.npz'", "two words.npz"),
     ("data toy --videos 8 'a folder/a new folder'", "a folder/a new folder/train.txt"),

@@ -149,7 +149,7 @@ def test_a_line_of_two_meanings_needs_a_format():
     assert read(line, "ours") == ["a 92 69"]
     assert read(line, "mmaction2-videos") == ["a None 92,69"]
     with pytest.raises(ValueError, match="several ways.*--format"):
-        read("b.mp4 5\n" + line)  # also beside a line that is not ours
+        read("b.mp4 5\n" + line)  # "b.mp4 5" is not ours: no decision
     assert read("b 9 1,2\n" + line) == ["b 9 1,2", "a 92 69"]  # mmaction2 has no commas
 
     with pytest.raises(ValueError, match="several ways.*--format"):
@@ -239,7 +239,8 @@ def test_clips_start_evenly_over_the_video():
 
 
 def test_a_training_clip_starts_anywhere():
-    """70 - 2 * 32 = 6 is the last start, which the authors' code never draws."""
+    """The last start is 70 - 2 * 32 = 6, as the gap after the last frame counts. The authors' code
+    never draws it."""
     recipe = {"sampling": "clip", "frames": 32, "stride": 2}
     rng = default_rng(0)
     drawn = {data.sample_indices(70, recipe, rng)[0] for _ in range(200)}
@@ -262,9 +263,9 @@ def test_frames_are_read_as_rgb_and_decoded_once():
 
 
 @pytest.mark.parametrize("width, height, sides", [  # 1, .875, .75 and .66 of the short side
-    (254, 424, [254, 224, 190, 167]),  # 222 is within 2 of the target, 224
+    (254, 424, [254, 224, 190, 167]),  # 222 is within 2 of the crop, 224
     (424, 253, [253, 221, 189, 166]),  # 221 is not, and stays
-    (424, 222, [222, 194, 166, 146]),  # the target does not fit in
+    (424, 222, [222, 194, 166, 146]),  # 224 does not fit in
 ])
 def test_a_multiscale_crop_is_a_square_or_nearly(width, height, sides):
     """Its width and height are the same or adjacent entries of the sides."""
@@ -416,7 +417,7 @@ def test_a_long_list_holds_no_python_objects():
 # ---- the training clips ----------------------------------------------------------------------
 
 def train_clips():
-    """Training clips by (epoch, row)."""
+    """Training clips by (epoch, row in the list)."""
     return data.TrainClips(data.VideoList(".", "train"), RECIPE, seed=4)
 
 
@@ -788,8 +789,8 @@ ABC = "a 2 -1\nb 2 -1\nc 2 -1\n"  # the list of all three videos
 
 @pytest.fixture
 def fake_ffmpeg(tmp_path, monkeypatch):
-    """fake_ffmpeg.py takes the place of ffmpeg, and the folder videos holds a, b and c. Each has
-    two frames."""
+    """fake_ffmpeg.py, which does what a video's text says, takes the place of ffmpeg. The folder
+    videos holds a, b and c, of two frames each."""
     program = (ROOT / "tests" / "fake_ffmpeg.py").read_text()
     write("bin/ffmpeg", f"#!{sys.executable}\n{program}").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
@@ -965,7 +966,7 @@ def test_another_split_extracted_meanwhile_must_agree(fake_ffmpeg, monkeypatch):
 
 def test_only_old_leftovers_are_removed(fake_ffmpeg):
     """Those of the last hour may belong to a run that is at work, and do not disturb this one."""
-    # its process, in another container, has the number of ours
+    # of a process with our number, in another container
     young = f"data/frames/.part-train-{os.getpid()}"
     busy = "data/frames/.part-train-1"  # old, but the folder x in it is young
     old = ["data/frames/.part-train-2", "toy.part-2"]

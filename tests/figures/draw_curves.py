@@ -107,7 +107,7 @@ def picture(curves, ceiling=None):
     if ceiling is not None:
         y = y_of(ceiling)
         dashed_line(draw, LEFT, RIGHT, y, GREY, width=4, dash=22, gap=14)
-        ends.append((y, RIGHT, f"bound without order {ceiling:g}", GREY))
+        ends.append((y, RIGHT, f"bound {ceiling:g}", GREY))
     for i, (name, points) in enumerate(curves):
         colour = COLOURS[i % len(COLOURS)]
         pixels = [(x_of(epoch), y_of(value)) for epoch, value in points]
