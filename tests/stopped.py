@@ -60,7 +60,7 @@ if __name__ == "__main__":
         os.setpgrp()  # a group of its own, or pytest would be stopped too
         # A shell that starts pytest in the background has it ignore Ctrl-C.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # killed at most twice; then it runs to its end
+    # under torchrun: killed in the first two of three starts
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if restarts < 2 and args.rank == os.environ.get("RANK", "0"):
         stop_in(args.place, args.call, args.by)

@@ -17,8 +17,8 @@ import ensemble
 import evaluate
 from conftest import call, close
 
-# Two videos, each labelled with one of three classes, and the scores of three models. Behind them
-# stands the average precision of either video.
+# Two videos, each labelled with one of three classes, and the scores of three models. The comments
+# give each video's average precision.
 PATHS = ["first", "second"]
 LABELS = np.array([[1, 0, 0], [0, 1, 0]], np.uint8)
 A = np.array([[0.45, 0.05, 0.0], [0.3, 0.2, 0.0]], np.float32)  # 1, 1/2
@@ -28,7 +28,7 @@ C = np.array([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]], np.float32)    # 1/3, 1/3
 
 # ---- the mean ------------------------------------------------------------------------------------
 
-def test_a_mean_has_equal_weights_or_these_proportions():
+def test_a_mean_has_equal_weights_or_those_given():
     close(ensemble.combine([A, C]), [[0.225, 0.525, 0.5], [0.65, 0.1, 0.5]], 1e-6)
     close(ensemble.combine([A, C], [3, 1])[0], [0.3375, 0.2875, 0.25], 1e-6)
 
@@ -66,7 +66,7 @@ def naive_greedy(scores, labels, rounds):
 
 @pytest.fixture
 def three_models():
-    """Labels of 60 videos and 12 classes, and three models: labels plus noise, ever more of it."""
+    """Labels of 60 videos and 12 classes, and three models: labels plus ever more noise."""
     rng = np.random.default_rng(0)
     labels = (rng.random((60, 12)) < 0.2).astype(int)
     noise = rng.normal(size=(3, 60, 12)) * [[[1.0]], [[1.2]], [[1.6]]]
@@ -148,8 +148,8 @@ def test_the_result_is_itself_a_score_file(run):
 
 
 def test_fit_prints_what_each_model_gives(run):
-    """Its mAP, how that of the mean of all changes without it, and its fitted weight. Without C the
-    mean ranks the labels first, in place of last."""
+    """Its mAP, what the mean of all gains without it, and its fitted weight. Without C the mean
+    ranks the labels first, in place of last."""
     _, lines, _ = run("a.npz", "b.npz", "c.npz", "--fit")
     assert [line.split() for line in lines[1:4]] == [
         ["75.00", "+0.00", "0.50", "a.npz"],
@@ -165,8 +165,8 @@ def test_fit_prints_what_each_model_gives(run):
 
 
 def test_fit_writes_the_cross_fitted_scores(run):
-    """The two paths are in different fifths. So each video gets weights fitted to the other: all to
-    the model that is better there, and worse here."""
+    """The two paths are in different fifths. So each video is scored by weights fitted to the
+    other: all on the model that is better there, and worse here."""
     _, lines, _ = run("a.npz", "b.npz", "c.npz", "--fit", "--out", "fitted.npz")
     assert lines[-1] == "mAP 50.00"
     file, meta = read_scores("fitted.npz")
@@ -189,7 +189,7 @@ def test_files_without_labels_are_averaged_without_a_map(run):
 
 
 def test_softmax_beside_sigmoid_is_noted(run):
-    """Also if it is that of an ensemble's members."""
+    """Also among the members of an ensemble."""
     for name, loss in (("a.npz", "ce"), ("b.npz", "ce"), ("c.npz", "bce")):
         write_scores(name, A, meta={"recipe": {"loss": loss}})
     _, lines, _ = run("a.npz", "b.npz", "--out", "pair.npz")

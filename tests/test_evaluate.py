@@ -276,12 +276,12 @@ def predict_as(rank, port):
 
 
 def test_every_process_gets_all_scores(capfd):
-    """Of two videos, the third process scores none. Only one of them prints its progress."""
+    """Of two videos the third process gets none. Only the first prints, 1 of its 1."""
     # forked processes need not import torch again
     torch.multiprocessing.start_processes(predict_as, (free_port(),), 3, start_method="fork")
     for rank in range(3):
         close(np.load(f"{rank}.npy"), FIVE_SCORES[:2], 1e-6)
-    assert capfd.readouterr().err.count("videos 1/1, ") == 1  # its share
+    assert capfd.readouterr().err.count("videos 1/1, ") == 1
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -508,7 +508,7 @@ def test_a_picture_of_the_middle_clip(lab, run, decoded):
 
 # ---- networks and their recipes ------------------------------------------------------------------
 
-def test_a_recipe_is_the_defaults_overridden_by_a_row():
+def test_a_row_overrides_the_defaults_of_evaluation():
     module, recipe = evaluate.open_model("tsn", "senet154_5f")
     assert module is tsn
     assert recipe == {**data.RECIPE, **evaluate.RECIPE, **tsn.RECIPES["senet154_5f"]}
@@ -543,7 +543,7 @@ def test_toy_as_the_first_row_is_not_for_real_videos(lab, parse, monkeypatch, fl
 
 
 def test_epochs_and_iterations_clear_each_other():
-    """The length of a run is one of them; 0: it does not count."""
+    """A run's length is one of them; the other is set to 0."""
     assert evaluate.override({"iterations": 50}, {"epochs": 3}) == {"iterations": 0, "epochs": 3}
     assert evaluate.override({"epochs": 3}, {"iterations": 50}) == {"iterations": 50, "epochs": 0}
 
@@ -594,7 +594,7 @@ W = torch.ones(1)
 
 @pytest.mark.parametrize("checkpoint", [
     {"a.module.w": W},
-    # DDP's prefix; state_dict counts before net
+    # DDP's prefix; state_dict is taken, not net
     {"epoch": 3, "net": {"ema": 2}, "state_dict": {"module.a.module.w": W}},
     # PySlowFast's prefix
     {"epoch": 3, "model_state": {"model.a.module.w": W}},
@@ -666,7 +666,7 @@ def test_tensors_alone_score_as_the_checkpoint_that_held_them(lab, score):
 
 
 def test_a_checkpoints_recipe_overrides_the_row(lab, parse):
-    """Its loss counts, for example. What an old checkpoint lacks is that of the first row."""
+    """Its loss counts, for example. What it lacks is the first row's."""
     checkpoint = evaluate.read_checkpoint(lab.checkpoint)
     recipe = checkpoint["config"]["recipe"]
     recipe["loss"] = "ce"
@@ -742,7 +742,7 @@ def test_half_precision_changes_scores_little(lab, score, amp):
 
 
 def test_speed_flags_change_no_score(lab, score, monkeypatch):
-    """Compiling takes a minute; here it is enough that it is asked for."""
+    """Compiling takes a minute: here it is only asked for, not done."""
     expected, _ = score(*lab.ours)
     compiled = []
 

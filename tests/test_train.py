@@ -227,8 +227,8 @@ def test_image_models_divide_their_rate_after_10_and_20_epochs():
     (179_999, 1.5231e-11),          # 0.2 (1 + cos(pi 179,999 / 180,000)) / 2
 ])
 def test_slowfasts_rate_warms_up_for_8000_steps_then_follows_a_cosine(step, rate):
-    """A recipe's steps are those of reference_batch: half of it doubles the 8000, at half the
-    rate. (A cosine does not ask for the steps of an epoch.)"""
+    """A recipe's steps are for reference_batch: half the batch needs double, at half the rate. (A
+    cosine does not ask for the steps of an epoch.)"""
     ours = train.learning_rate(step, total=180_000, steps_per_epoch=1, recipe=SLOWFAST)
     assert ours == pytest.approx(rate, rel=1e-4)
     half = train.learning_rate(2 * step, 360_000, 1, {**SLOWFAST, "batch": 512})
@@ -351,7 +351,7 @@ def test_init_imagenet_offline_takes_a_file_put_in_place(tmp_path, monkeypatch):
 
 # ---- whole runs
 
-# The last three are not the defaults: check_by_hand has to follow them.
+# The last four are not the defaults: check_by_hand has to follow them.
 RUN = ("--model tiny --data toy --device cpu --workers 0 --save-every 3 "
        "--warmup 3 --clip-grad 0.5 --class-weight sqrt").split()
 
@@ -450,7 +450,7 @@ def check_by_hand(folder, processes, max_norm):
             share = [clips[index] for index in batch[rank::processes]]
             frames, labels = torch.utils.data.default_collate(share)
             frames = data.normalise(frames, recipe["mean"], recipe["std"])
-            buffers = {}  # batch norm's running means: the first process's are those of `net`
+            buffers = {}  # batch norm's running means: only process 0 updates those of `net`
             if rank > 0:
                 buffers = copy.deepcopy(dict(net.named_buffers()))  # lost after the step
             torch.manual_seed(train.step_seed(0, step, rank))
@@ -497,7 +497,7 @@ def test_validation_with_single_labels_and_with_none(capsys):
 
 def test_half_precision_may_skip_the_first_step():
     """The gradient overflows until the scaler's factor, 65536 at first, has shrunk."""
-    # Fused SGD would take unset memory as momentum here; this mode fills it with NaN.
+    # A skipped step would leave fused SGD's momentum unset; this mode fills it with NaN.
     torch.use_deterministic_algorithms(True)
     try:
         assert train_tiny("overflow", "--amp", "fp16", "--loss-scale", 1000, "--lr", 0.001) == 0
