@@ -345,6 +345,7 @@ def lsep(logits, labels):
     Li, Song and Luo 2017.
     """
     positive = labels.bool()
+    # -inf adds nothing to a sum, and no gradient passes through a masked entry
     negatives = logits.masked_fill(positive, -torch.inf).logsumexp(dim=1)
     positives = (-logits).masked_fill(~positive, -torch.inf).logsumexp(dim=1)
     return torch.logaddexp(negatives + positives, torch.zeros_like(negatives)).mean()

@@ -27,7 +27,7 @@ from PIL import Image
 import data
 import evaluate
 import tsn
-from conftest import ROOT, call, close, fill, free_port, needs_ffmpeg, remember, write
+from conftest import ROOT, call, close, fill, free_port, needs_ffmpeg, remember, torchrun, write
 
 CPU = torch.device("cpu")
 METRICS = np.load(ROOT / "tests" / "golden" / "metrics.npz")
@@ -356,6 +356,14 @@ def test_flags_reach_views_and_scores(lab, score):
         views = evaluate.make_views(folder, video.frames, video.path, recipe, protocol)
         expected = evaluate.score_views(lab.model, batch_of_one(views), recipe, CPU)
         close(scores, expected[0], 1e-5)
+
+
+def test_two_processes_score_as_one(lab, score):
+    expected, _ = score(*lab.ours)
+    os.remove("scores.npz")
+    process = torchrun(2, ROOT / "evaluate.py", *lab.three, *lab.ours, "--device", "cpu")
+    assert process.stdout.count("\nmAP ") == 1, process.stderr
+    close(np.load("scores.npz")["scores"], expected["scores"], 1e-6)
 
 
 def test_only_the_first_process_prints_and_writes(lab, run, monkeypatch):

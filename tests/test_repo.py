@@ -16,13 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 import torchvision
 
 import data
+import evaluate
 import real
 import tables
 import train
-from conftest import ROOT, call, golden, golden_options, needs_ffmpeg, python, write
+from conftest import ROOT, call, close, golden, golden_options, needs_ffmpeg, python, write
 
 MODELS = ["tsn", "trn", "tsm", "tin", "slowfast"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,6 +64,31 @@ def test_the_tables_are_the_reports():
 
 
 # ---- public weights ----------------------------------------------------------------------------
+
+def test_every_flag_of_the_readme_exists(capsys):
+    helps = [torch.distributed.run.get_args_parser().format_help()]
+    for script, *arguments in [("data", "extract"), ("data", "toy"), ("ensemble",), ("train",),
+                               ("evaluate",)]:
+        call(script, *arguments, "--help")
+        helps.append(capsys.readouterr().out)
+    flags = set(re.findall(r"--[a-z][a-z-]+", " ".join(helps).replace("_", "-")))
+    recipes = [data.RECIPE, evaluate.RECIPE, train.RECIPE]
+    for name in MODELS:
+        recipes += importlib.import_module(name).RECIPES.values()
+    for recipe in recipes:
+        for key in recipe:
+            flags |= {f"--{key}".replace("_", "-"), f"--no-{key}".replace("_", "-")}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= flags
+
+
+def test_the_flags_of_the_claims_are_read(monkeypatch):
+    _, claims = README.split("## The report's claims on the toy")
+    rows = re.findall(r"^\|.*`(--model .*)` \|$", claims, re.MULTILINE)
+    assert rows
+    for flags in rows:
+        monkeypatch.setattr("sys.argv", ["train.py", *flags.split()])
+        train.parse_arguments()
+
 
 PYSLOWFAST = "--fusion-norm --fc-bias --slow-index linspace"
 
@@ -205,17 +232,26 @@ def test_a_new_model_is_a_new_file_and_no_other_edit(newcomer):
     assert process.stdout.splitlines()[-1].startswith("best val mAP"), process.stderr
 
 
-def test_a_checkpoint_is_carried_away(newcomer, monkeypatch):
+def test_a_checkpoint_is_carried_away_and_exported(newcomer, monkeypatch):
+    """ONNX itself needs packages that the tests do without; torch.export is the step before."""
     run("train", "--model", "tin", "--out", ".")
-    write("elsewhere.py", block("python", 'torch.load("best.pt"'))
+    text = block("python", 'torch.load("best.pt"') + block("python", "torch.onnx.export")
+    write("elsewhere.py", text)
+    exported = []
+
+    def export(model, clips, file, dynamo, dynamic_shapes):
+        exported.append(torch.export.export(model, clips, dynamic_shapes=dynamic_shapes))
 
     def get_state_dict(weights):  # without a download
         return torchvision.models.resnet101().state_dict()
 
     monkeypatch.setattr(torchvision.models.ResNet101_Weights, "get_state_dict", get_state_dict)
     monkeypatch.syspath_prepend(newcomer)
+    monkeypatch.setattr(torch.onnx, "export", export)
     model = importlib.import_module("elsewhere").model
-    assert model(torch.zeros(1, 8, 3, 32, 32)).shape == (1, 10)
+    clip = torch.randn(1, 8, 3, 224, 224)  # the example in the block has two
+    with torch.no_grad():
+        close(exported[0].module()(clip), model(clip), 1e-5)
 
 
 # ---- the whole report --------------------------------------------------------------------------
