@@ -305,7 +305,7 @@ def main():
             # validation loses no step
             save_now = step % args.save_every == 0 or step == last_step
             if save_now or step % LOG_EVERY == 0:
-                line = meter.log_line(epoch, step, lr, grad_norm)  # means over all processes
+                line = meter.log_line(epoch, step, lr, grad_norm)  # loss: over all processes
                 check_finite(line, args.amp)  # ValueError: a broken network is never saved
                 if main_process:
                     log.append(line)
@@ -576,8 +576,8 @@ class Log:
     """OUT/log.jsonl: each line is a dict as JSON.
 
     A new run creates the file before its first step, and fails if it is there already, so that two
-    runs cannot share a folder. A run that ends before its first line leaves no file behind, unless
-    it is killed: then --resume starts it.
+    new runs cannot share a folder. A run that ends before its first line leaves no file behind,
+    unless it is killed: then --resume starts it.
     """
 
     def __init__(self, out, resume, step, validated):
@@ -646,7 +646,7 @@ class Meter:
         if self.world > 1:
             dist.all_reduce(losses)
             losses /= self.world
-        losses = losses.tolist()  # waits for the GPU, whose work belongs into the time
+        losses = losses.tolist()  # waits for the GPU, whose work belongs in the time
         seconds = time.time() - self.start
         line = {
             "epoch": epoch,
@@ -678,7 +678,7 @@ def print_step(line, recipe, total, device):
     left = datetime.timedelta(seconds=int(seconds))
     memory = ""
     if device.type == "cuda":
-        memory = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GB  "
+        memory = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB  "
     print(f"epoch {line['epoch']} step {line['step']}/{total}  loss {line['loss']:.3f} "
           f"({line['loss'] / recipe['loss_scale']:.4f} unscaled)  lr {line['lr']:.5f}  "
           f"grad {line['grad_norm']:.1f}  {line['clips_per_s']:.1f} clips/s  "

@@ -1,4 +1,4 @@
-"""python alone.py NAME ...: import each of these files by itself, and print which others it needs.
+"""python alone.py NAME ...: import each of these files by itself, and print which are loaded.
 
 A model file's toy network sees a clip too, so that a download would show.
 """

@@ -112,7 +112,7 @@ def make_step(args, model, recipe, size, amp="off", channels_last=False):
 def build_step(args, name, size=2, amp="off", channels_last=False, compiled=False):
     """A network's training step, and the network."""
     module, recipe = report_recipe(name, args.tiny)
-    with args.device:  # the first weights are drawn on the GPU
+    with args.device:  # the first weights are drawn there
         model = module.build(recipe, CLASSES).train()
     if channels_last:
         evaluate.use_channels_last(model)
@@ -319,7 +319,7 @@ def time_network(args, name, tsn_seconds, amp, channels_last, compiled):
     if name != "slowfast":
         multiple = f"{seconds / (tsn_seconds or seconds):.2f}"
 
-    evaluation = "-"  # compiling once more would take too long
+    evaluation = "-"  # as without --compile: model is not compiled
     _, recipe = report_recipe(name, args.tiny)
     clips = random_clips(args, recipe, size)
     if not compiled:

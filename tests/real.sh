@@ -11,8 +11,8 @@
 # After an interruption, run the same command again: it goes on where it stopped. FOLDER holds films
 # that anyone can copy; they stay there.
 #
-# tank: 496 films of railway wagons from surveillance cameras, 10 seconds each, with three labels:
-# what happens, inside or outside, which camera. 320 train and 176 validate, as its authors say.
+# tank: 496 films of railway wagons from surveillance cameras, 3 to 20 seconds, with three labels:
+# what happens, inside or outside, which location. 320 train and 176 validate, as its authors say.
 #     git clone https://github.com/LawrenceGrigoryan/tank-state-video-classification FOLDER
 #
 # grid: 1,000 films of one speaker, 3 seconds each, who says sentences such as "bin blue at f two

@@ -3,7 +3,7 @@
     python -m pytest tests/test_models.py
 
 Rows, sizes, behaviour in training, evaluation and export, refusals, and the names of other people's
-tensors. A network is the one of its row "toy", on clips of 32 pixels.
+tensors. From "how a network behaves" on, it is the one of its row "toy", on clips of 32 pixels.
 """
 import copy
 import functools
@@ -39,7 +39,7 @@ CLASSES = {tsn: tsn.TSN, trn: trn.TRN, tsm: tsm.TSM, tin: tin.TIN, slowfast: slo
     (slowfast, [62_625_192] * 2 + [60_750_656] * 2 + [60_180_544] * 2 + [11_611_176]),
 ])
 def test_parameters_of_every_row(module, parameters):
-    """With M-MiT's 313 classes: the numbers that the authors' networks have."""
+    """With M-MiT's 313 classes. But for the toy's, the numbers of the authors' networks."""
     for recipe, expected in zip(module.RECIPES.values(), parameters, strict=True):
         with torch.device("meta"):  # shapes without memory
             model = module.build(recipe, 313).eval()
@@ -58,7 +58,7 @@ VIDEO = dict(lr=0.2, schedule="cosine", iterations=180_000, weight_decay=1e-4, b
 
 @pytest.mark.parametrize("name", ["tsn", "trn", "tsm", "tin", "slowfast"])
 def test_settings_are_the_reports(name):
-    _, recipe = evaluate.open_model(name)  # the first row over the defaults
+    _, recipe = evaluate.open_model(name)  # the first row
     recipe = {**train.RECIPE, **recipe}
     expected = {**BOTH, **(VIDEO if name == "slowfast" else IMAGE)}
     assert {key: recipe[key] for key in expected} == expected
