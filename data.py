@@ -1602,7 +1602,9 @@ def main():
     extracted, failed = extract(
         args.videos, args.out, split, list_path=args.list, format=args.format,
         workers=args.workers, pack=args.pack, val=args.val)
-    print(f"{extracted} videos extracted, {failed} failed (see {args.out}/{split}_failed.txt)")
+    print(f"{extracted} videos extracted, {failed} failed")
+    if failed > 0:
+        print(f"why: {args.out}/{split}_failed.txt")
     if extracted == 0:
         return 2
     if not Path(args.out, "categories.txt").exists():

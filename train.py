@@ -254,10 +254,9 @@ def main():
     if checkpoint is None:
         message = load_init(args.module, model, recipe, videos.categories)
     else:
-        resume(checkpoint, model, optimizer, scaler)
+        message = resume(checkpoint, model, optimizer, scaler, total)
         step = checkpoint["iteration"]
         run = {key: checkpoint[key] for key in run}  # the same keys, from the file
-        message = f"resuming from {out / 'last.pt'}"
     if main_process:
         log = Log(out, args.resume, step, run["validated"])  # drops lines later than last.pt
         print_plan(args, device, world, model, videos, val_videos, steps_per_epoch, total, step)
@@ -555,8 +554,9 @@ def find_checkpoint(last, resume, config):
     return checkpoint
 
 
-def resume(checkpoint, model, optimizer, scaler):
-    """Load a checkpoint, even if it was written with another --amp or --channels-last."""
+def resume(checkpoint, model, optimizer, scaler, total):
+    """Load a checkpoint, even if it was written with another --amp or --channels-last. Returns what
+    to tell the user, of a run of `total` steps."""
     model.load_state_dict(checkpoint["model"])
     fused = optimizer.param_groups[0]["fused"]
     optimizer.load_state_dict(checkpoint["optimizer"])
@@ -568,6 +568,10 @@ def resume(checkpoint, model, optimizer, scaler):
         momentum = torch.empty_like(parameter)
         momentum.copy_(values["momentum_buffer"])
         values["momentum_buffer"] = momentum
+
+    if checkpoint["validated"] == total:
+        return "finished already"
+    return f"resuming after step {checkpoint['iteration']}"
 
 
 # ---- the log -------------------------------------------------------------------------------------
@@ -754,8 +758,6 @@ def print_plan(args, device, world, model, videos, val_videos, steps_per_epoch, 
         print(f"the scales of the fuller protocols follow test_resize: {recipe['scales']}")
     for note in odd_settings(args, videos, val_videos, steps_per_epoch, total):
         print(note)
-    if step == total:
-        print("finished already")
 
 
 def odd_settings(args, videos, val_videos, steps_per_epoch, total):

@@ -3,8 +3,8 @@ the golden figures.
 
 tests/golden/NETWORK_*.npz hold what the authors' own code answered, but no weights: every tensor of
 their checkpoint is redrawn from (seed, its name, its shape), so that a file in their own layout can
-be made on any machine. metrics.npz and losses.npz hold scores or logits, labels, and the figures
-that belong to them.
+be made on any machine. metrics.npz holds scores, labels, and what scikit-learn and X-Temporal
+answered; losses.npz holds logits, labels, losses and gradients.
 """
 import importlib
 import json
@@ -58,12 +58,12 @@ def build(recipe, num_classes):
 
 ROW = dict(frames=4, norm=True, dropout=0.5, lr=0.2, epochs=6, batch=8, reference_batch=8)
 RECIPES = {
-    "small": {**data.TOY, **ROW},  # the same for --data
-    "toy": ROW,
+    "small": {**data.TOY, **ROW},  # with --data
+    "toy": ROW,                    # without; data.TOY is added by itself
 }
 '''
 
-# Without ffmpeg such tests are skipped, but not by the gate: there a skip would look like a pass.
+# Without ffmpeg such tests are skipped, but not where CI=true: there it must not be missing.
 needs_ffmpeg = pytest.mark.skipif(
     shutil.which("ffmpeg") is None and os.environ.get("CI") != "true",
     reason="the program ffmpeg is missing")
@@ -91,17 +91,17 @@ def call(script, *arguments):
     return stop.value.code or 0
 
 
-def python(file, *arguments, cwd=None, timeout=300, **environ):
-    """Run a Python file as a process of its own -> its status, stdout and stderr."""
-    command = [sys.executable, str(file), *[str(argument) for argument in arguments]]
+def python(*arguments, cwd=None, timeout=300, **environ):
+    """Run `python ARGUMENTS` as a process of its own -> its status, stdout and stderr."""
+    command = [sys.executable, *[str(argument) for argument in arguments]]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout,
                           env={**os.environ, **{key: str(value) for key, value in environ.items()}})
 
 
-def torchrun(processes, file, *arguments, **options):
+def torchrun(processes, *arguments, **options):
     """The same by several processes, as torchrun starts them."""
     return python("-m", "torch.distributed.run", "--nproc-per-node", processes,
-                  "--master-port", free_port(), file, *arguments, **options)
+                  "--master-port", free_port(), *arguments, **options)
 
 
 def free_port():
@@ -135,7 +135,7 @@ def write_frames(folder, frames):
 
 
 def data_folder(folder, lines, split="train"):
-    """A data folder of three classes, with three small frames for every line of its list."""
+    """A data folder of three classes, with three small frames for every line that is not empty."""
     folder = Path(folder)
     write(folder / "categories.txt", "a\nb\nc\n")
     write(folder / f"{split}.txt", "".join(f"{line}\n" for line in lines))
@@ -164,6 +164,8 @@ def scripts_with_tiny(folder):
     return folder
 
 
+# ---- drawn numbers: the golden answers were computed with these, so they must never change ------
+
 def drawn_tensors(shapes, seed):
     """{name: shape} -> {name: tensor}, each from the seed, its name and its shape alone."""
     tensors = {}
@@ -188,7 +190,8 @@ def drawn_tensors(shapes, seed):
 
 
 def fill(module):
-    """Draw every tensor of a module, so that none is 0, 1 or equal to another by accident."""
+    """Draw every tensor of a module but batch norm's counters, so that none is 0, 1 or equal to
+    another by accident."""
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     module.load_state_dict(drawn_tensors(shapes, seed=0), assign=True)
     return module
@@ -218,7 +221,7 @@ def golden(name):
 
     .options      of our constructor
     .checkpoint   the authors' file, as read
-    .tensors      its tensors by name, without container and wrapper: what convert() is given
+    .tensors      its tensors by name, without the container and DDP's "module."
     .clip         what they gave to their network
     .arrays       {name: array}, of which "logits" is their answer
     """
@@ -245,7 +248,7 @@ def golden(name):
 
 
 def golden_options(name):
-    """The options of a case alone, which are quickly read."""
+    """The same as golden(name).options, without drawing tensors."""
     with np.load(ROOT / "tests" / "golden" / f"{name}.npz") as file:
         ours = json.loads(str(file["meta"]))["ours"]
 

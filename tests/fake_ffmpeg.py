@@ -1,9 +1,8 @@
-"""Takes the place of ffmpeg in test_data.py and test_evaluate.py: it writes a frame, does what
-the video's text says, and then, if it has not ended, writes a second one."""
+"""Takes the place of ffmpeg in test_data.py: it writes a frame, does what the video's text says,
+and then, if it has not ended, writes a second one."""
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 video = sys.argv[sys.argv.index("-i") + 1]
@@ -16,8 +15,6 @@ if text == "get killed":
     os.kill(os.getpid(), signal.SIGKILL)
 elif text == "stop":
     sys.exit(255)  # ffmpeg's status if it was asked to end
-elif text == "wait a second":
-    time.sleep(1)
 elif text == "fail":
     sys.exit(1)
 elif text == "fail without a session of its own":

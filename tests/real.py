@@ -10,15 +10,17 @@ their sample standard deviation.
 """
 import argparse
 import csv
-import json
-import sys
+import os
+from collections import defaultdict
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tables import mean_and_spread, print_head, print_row  # with it, Python finds the scripts
 import data
+import ensemble
 import evaluate
 
 # A film has one label of each group.
@@ -33,12 +35,11 @@ GROUPS = {
         "command": ["bin", "lay", "place", "set"],
         "colour": ["blue", "green", "red", "white"],
         "preposition": ["at", "by", "in", "with"],
-        "letter": [f"letter {letter}" for letter in "abcdefghijklmnopqrstuvxyz"],
+        "letter": list("abcdefghijklmnopqrstuvxyz"),
         "digit": ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
         "adverb": ["again", "now", "please", "soon"],
     },
 }
-NETWORKS = ["tsn", "trn", "tsm", "tin", "slowfast", "slow", "fast", "video", "all"]
 
 
 # ---- lists -------------------------------------------------------------------------------------
@@ -48,19 +49,16 @@ def tank_lines(file):
     lines = []
     with open(file, newline="", encoding="utf-8") as rows:
         for row in csv.DictReader(rows):
-            name = row["fname"].removesuffix(".npy")
-            labels = [row["label"], row["place"], row["location"]]
-            lines.append(",".join([f"{row['label']}/{name}.mp4", *labels]))
+            line = "{label}/{fname},{label},{place},{location}".format(**row)
+            lines.append(line.replace(".npy", ".mp4"))
     return lines
 
 
 def grid_line(name):
-    """bbaf2n -> "bbaf2n.mp4,bin,blue,at,letter f,two,now"."""
+    """bbaf2n -> "bbaf2n.mp4,bin,blue,at,f,two,now"."""
     labels = []
     for letter, (group, words) in zip(name, GROUPS["grid"].items()):
-        if group == "letter":
-            labels.append(f"letter {letter}")
-        elif group == "digit":
+        if group == "digit":
             labels.append(words["z123456789".index(letter)])
         else:
             labels += [word for word in words if word[0] == letter]
@@ -68,61 +66,52 @@ def grid_line(name):
 
 
 def write_lists(films, folder, out):
-    out.mkdir(parents=True, exist_ok=True)
+    os.makedirs(out, exist_ok=True)
     if films == "tank":
         for split in ["train", "val"]:
-            lines = tank_lines(folder / "data" / "train_val_split" / f"{split}_data.csv")
-            data.write_lines(out / f"{split}.csv", lines)
+            lines = tank_lines(f"{folder}/data/train_val_split/{split}_data.csv")
+            data.write_lines(f"{out}/{split}.csv", lines)
     else:
-        names = sorted(file.stem for file in (folder / "data" / "s1").glob("*.mpg"))
-        data.write_lines(out / "films.csv", [grid_line(name) for name in names])
+        files = sorted(Path(folder).glob("data/s1/*.mpg"))
+        data.write_lines(f"{out}/films.csv", [grid_line(file.stem) for file in files])
 
 
 # ---- shuffled clips ----------------------------------------------------------------------------
 
-class Shuffled(torch.nn.Module):
-    """A network that gets each clip's frames in a random order, the same in every run."""
+def shuffled(make_views):
+    """evaluate.make_views, but each video's frames are in a random order, the same in every run."""
+    generator = torch.Generator().manual_seed(0)
 
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        self.generator = torch.Generator().manual_seed(0)
+    def make_shuffled_views(*video):
+        views = make_views(*video)
+        order = torch.rand(views[0].shape[1], generator=generator).argsort()
+        return [clips[:, order] for clips in views]
 
-    def forward(self, clips):  # (B, T, 3, H, W)
-        orders = torch.rand(clips.shape[:2], generator=self.generator).argsort(dim=1)  # (B, T)
-        return self.model(torch.stack([clip[order] for clip, order in zip(clips, orders)]))
+    return make_shuffled_views
 
 
-def score_shuffled(path, folder, out):
-    checkpoint = evaluate.read_checkpoint(path)
-    config = checkpoint["config"]
-    recipe = config["recipe"]
-    module, _ = evaluate.open_model(config["model"])
-    _, _, device = evaluate.start_process()
-    model, num_classes = evaluate.load_weights(module, recipe, checkpoint, path)
-    videos = data.VideoList(folder, "val")
-    views = evaluate.VideoViews(videos, recipe, evaluate.make_protocol(recipe))
-    scores = evaluate.predict(Shuffled(model.to(device)), views, num_classes, recipe, device)
-    labels = videos.label_matrix()
-    paths = [videos.path(row) for row in range(len(videos))]
-    meta = {"model": config["model"], "categories": videos.categories, "shuffled": True}
-    evaluate.save_scores(out, paths, scores, labels, meta)
-    evaluate.print_metrics(scores, labels)
+def score_shuffled(checkpoint, folder, out):
+    """evaluate.py, with shuffled frames. A single process gives each video an order of its own."""
+    flags = ["--checkpoint", checkpoint, "--data", folder, "--out", out, "--workers", "0"]
+    make_views = shuffled(evaluate.make_views)
+    with mock.patch("sys.argv", ["evaluate.py", *flags]), \
+            mock.patch("evaluate.make_views", make_views):
+        evaluate.main()
 
 
 # ---- tables ------------------------------------------------------------------------------------
 
-def print_row(*cells):
-    print(f"| {' | '.join(cells)} |")
+def score_files(out, names):
+    """{a score file's name: [its (scores, labels, categories) of every seed]}. names: patterns."""
+    files = defaultdict(list)
+    for name in names.split():
+        for file in sorted(Path(out).glob(f"seed*/{name}.npz")):
+            _, scores, labels, meta = ensemble.read_scores(file)
+            files[file.stem].append((scores, labels, meta["categories"]))
+    return files
 
 
-def mean_and_spread(values):
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
-
-
-def figures(scores, labels, categories, groups):
+def figures(groups, scores, labels, categories):
     """[mAP over all labels, then of each group its mAP and top-1 hit rate], from scores and labels
     (N, K)."""
     result = [evaluate.sample_map(scores, labels)]
@@ -135,81 +124,73 @@ def figures(scores, labels, categories, groups):
 
 def print_table(films, out):
     groups = GROUPS[films]
-    columns = ["all labels"]
+    columns = []
     for group in groups:
         columns += [group, "top-1"]
-    print_row("network", "protocol", *columns)
-    print_row(*["---"] * (2 + len(columns)))
+    print_head("mAP, and top-1 hit rates", "scores", "all labels", *columns)
 
     # every film gets the same scores: how many training films have each label
-    train = data.VideoList(out / "data", "train")
-    val = data.VideoList(out / "data", "val")
+    train = data.VideoList(f"{out}/data", "train")
+    val = data.VideoList(f"{out}/data", "val")
     scores = np.tile(train.class_counts, (len(val), 1))
-    frequencies = figures(scores, val.label_matrix(), val.categories, groups)
-    print_row("labels' frequencies", "-", *[f"{value:.1f}" for value in frequencies])
-
-    for network in NETWORKS:
-        for protocol in ["clip", "shuffled", "dense", "multiscale", "equal", "fitted"]:
-            seeds = []
-            for file in sorted(out.glob(f"seed*/{network}-{protocol}.npz")):
-                with np.load(file) as arrays:
-                    categories = json.loads(str(arrays["meta"]))["categories"]
-                    seeds.append(figures(arrays["scores"], arrays["labels"], categories, groups))
-            if seeds:
-                cells = [mean_and_spread(values) for values in np.transpose(seeds)]
-                print_row(network, protocol, *cells)
+    files = {"labels' frequencies": [(scores, val.label_matrix(), val.categories)]}
+    files.update(score_files(out, "*"))
+    for name, seeds in files.items():
+        cells = np.transpose([figures(groups, *seed) for seed in seeds])
+        print_row(name, *map(mean_and_spread, cells))
 
 
 # A claim, the report's figures, the score file that should be better, and those of which the best
-# should be worse.
-MEMBERS = ["slowfast-multiscale", "slow-multiscale", "fast-multiscale"]
+# should be worse (patterns: t* are the image models).
 CLAIMS = [
     ("order matters: TSM against TSN", "59.85 (8 frames, ResNet-50), 58.92 (5, ResNet-101)",
-     "tsm-clip", ["tsn-clip"]),
-    ("order matters: TIN against TSN", "62.23, 58.92", "tin-clip", ["tsn-clip"]),
-    ("TSM, frames in order against shuffled", "-", "tsm-clip", ["tsm-shuffled"]),
-    ("TIN, frames in order against shuffled", "-", "tin-clip", ["tin-shuffled"]),
-    ("a learned shift (TIN) against a fixed one (TSM)", "62.23, 59.85", "tin-clip", ["tsm-clip"]),
+     "tsm-clip", "tsn-clip"),
+    ("order matters: TIN against TSN", "62.23, 58.92", "tin-clip", "tsn-clip"),
+    ("TSM, frames in order against shuffled", "-", "tsm-clip", "tsm-shuffled"),
+    ("TIN, frames in order against shuffled", "-", "tin-clip", "tin-shuffled"),
+    ("a learned shift (TIN) against a fixed one (TSM)", "62.23, 59.85", "tin-clip", "tsm-clip"),
     ("loss x classes / labels against x 1", "\"a huge performance gain\"",
-     "tin-clip", ["tin-scale1-clip"]),
-    ("loss x classes / labels against x 4 that", "160 is best", "tin-clip", ["tin-scale4-clip"]),
+     "tin-clip", "tin-scale1-clip"),
+    ("loss x classes / labels against x 4 that", "160 is best", "tin-clip", "tin-scale4-clip"),
     ("the factor on the loss against on the rate", "\"can not have the same performance\"",
-     "tin-clip", ["tin-rate-clip"]),
-    ("the same, weight decay divided by it", "-", "tin-clip", ["tin-rate-decay-clip"]),
-    ("scaled BCE against LSEP", "BCE was used", "tin-clip", ["tin-lsep-clip"]),
-    ("scaled BCE against LSEP / 5", "BCE was used", "tin-clip", ["tin-lsep-fifth-clip"]),
-    ("scaled BCE against WARP", "BCE was used", "tin-clip", ["tin-warp-clip"]),
-    ("scaled BCE against WARP / 5", "BCE was used", "tin-clip", ["tin-warp-fifth-clip"]),
-    ("class weights, root, against none", "\"slightly\" better", "tin-sqrt-clip", ["tin-clip"]),
-    ("class weights, ratio, against none", "\"slightly\" better", "tin-ratio-clip", ["tin-clip"]),
-    ("TIN, 16 frames against 8", "62.49, 62.22 (ResNet-101)", "tin-16-clip", ["tin-clip"]),
-    ("dense against one view, TSM", "0.5 to 1.1 more", "tsm-dense", ["tsm-clip"]),
-    ("dense against one view, TIN", "0.5 to 1.1 more", "tin-dense", ["tin-clip"]),
-    ("dense against one view, SlowFast", "61.52, 59.89", "slowfast-dense", ["slowfast-clip"]),
+     "tin-clip", "tin-rate-clip"),
+    ("the same, weight decay divided by it", "-", "tin-clip", "tin-rate-decay-clip"),
+    ("scaled BCE against LSEP", "BCE was used", "tin-clip", "tin-lsep-clip"),
+    ("scaled BCE against LSEP / 5", "BCE was used", "tin-clip", "tin-lsep-fifth-clip"),
+    ("scaled BCE against WARP", "BCE was used", "tin-clip", "tin-warp-clip"),
+    ("scaled BCE against WARP / 5", "BCE was used", "tin-clip", "tin-warp-fifth-clip"),
+    ("class weights, root, against none", "\"slightly\" better", "tin-sqrt-clip", "tin-clip"),
+    ("class weights, ratio, against none", "\"slightly\" better", "tin-ratio-clip", "tin-clip"),
+    ("TIN, 16 frames against 8", "62.49, 62.22 (ResNet-101)", "tin-16-clip", "tin-clip"),
+    ("dense against one view, TSM", "0.5 to 1.1 more", "tsm-dense", "tsm-clip"),
+    ("dense against one view, TIN", "0.5 to 1.1 more", "tin-dense", "tin-clip"),
+    ("dense against one view, SlowFast", "61.52, 59.89", "slowfast-dense", "slowfast-clip"),
     ("multi-scale against dense, SlowFast", "63.52, 61.52",
-     "slowfast-multiscale", ["slowfast-dense"]),
-    ("Fast against SlowFast", "62.03 (32x2), 59.89 (8x8)", "fast-clip", ["slowfast-clip"]),
-    ("SlowFast against Slow", "59.89 (8x8), 59.02 (8x4)", "slowfast-clip", ["slow-clip"]),
+     "slowfast-multiscale", "slowfast-dense"),
+    ("Fast against SlowFast", "62.03 (32x2), 59.89 (8x8)", "fast-clip", "slowfast-clip"),
+    ("SlowFast against Slow", "59.89 (8x8), 59.02 (8x4)", "slowfast-clip", "slow-clip"),
     ("Fast, all frames against half", "62.03 (32x2), 59.05 (16x2)",
-     "fast-clip", ["fast-half-clip"]),
-    ("the video models together against the best of them", "66.71, 64.81", "video-equal", MEMBERS),
+     "fast-clip", "fast-half-clip"),
+    ("the video models together against the best of them", "66.71, 64.81", "video-equal",
+     "*-multiscale"),
     ("all models together against the best", "67.22, 64.81", "all-equal",
-     ["tsn-dense", "trn-dense", "tsm-dense", "tin-dense", *MEMBERS]),
-    ("cross-fitted against equal weights", "-", "all-fitted", ["all-equal"]),
+     "t*-dense *-multiscale"),
+    ("cross-fitted against equal weights", "-", "all-fitted", "all-equal"),
 ]
 
 
-def read_maps(out, name):
-    """The mAP of a score file in every seed's folder."""
+def best(out, names):
+    """Of these score files the best: its mAPs, one of each seed. Empty if there is none."""
     maps = []
-    for file in sorted(out.glob(f"seed*/{name}.npz")):
-        with np.load(file) as arrays:
-            maps.append(100 * evaluate.sample_map(arrays["scores"], arrays["labels"]))
-    return maps
+    for seeds in score_files(out, names).values():
+        maps.append([100 * evaluate.sample_map(scores, labels) for scores, labels, _ in seeds])
+    return max(maps, key=np.mean, default=[])
 
 
 def judge(better, worse):
     """Of one seed, less than 3 points show nothing; of several, less than both spreads together."""
+    if not better or not worse:
+        return "not run"
     noise = 3.0
     if len(better) > 1 and len(worse) > 1:
         noise = np.std(better, ddof=1) + np.std(worse, ddof=1)
@@ -221,50 +202,35 @@ def judge(better, worse):
     return "does not hold"
 
 
-def print_claims(folders):
-    print_row("claim", "report, mAP", *[f"{out.name}, mAP | verdict" for out in folders])
-    print_row(*["---"] * (2 + 2 * len(folders)))
+def print_claims(*folders):
+    columns = []
+    for out in folders:
+        columns += [f"{Path(out).name}, mAP", "verdict"]
+    print_head("The report's claims", "claim", "report, mAP", *columns)
     for claim, report, name, others in CLAIMS:
         cells = []
         for out in folders:
-            better = read_maps(out, name)
-            worse = [read_maps(out, other) for other in others]
-            worse = [maps for maps in worse if maps]  # those that were run
-            if better and worse:
-                worse = max(worse, key=np.mean)
-                text = f"{mean_and_spread(better)}, {mean_and_spread(worse)}"
-                cells += [text, judge(better, worse)]
-            else:
-                cells += ["not run", "-"]
+            better = best(out, name)
+            worse = best(out, others)
+            cells += [f"{mean_and_spread(better)}, {mean_and_spread(worse)}", judge(better, worse)]
         print_row(claim, report, *cells)
+
+
+COMMANDS = {
+    "lists": write_lists,
+    "shuffled": score_shuffled,
+    "table": print_table,
+    "claims": print_claims,
+}
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    lists = commands.add_parser("lists")
-    lists.add_argument("films", choices=GROUPS)
-    lists.add_argument("folder", type=Path)
-    lists.add_argument("out", type=Path)
-    shuffled = commands.add_parser("shuffled")
-    shuffled.add_argument("checkpoint")
-    shuffled.add_argument("data")
-    shuffled.add_argument("out")
-    table = commands.add_parser("table")
-    table.add_argument("films", choices=GROUPS)
-    table.add_argument("out", type=Path)
-    claims = commands.add_parser("claims")
-    claims.add_argument("out", type=Path, nargs="+")
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("arguments", nargs="+")
     args = parser.parse_args()
-    if args.command == "lists":
-        write_lists(args.films, args.folder, args.out)
-    elif args.command == "shuffled":
-        score_shuffled(args.checkpoint, args.data, args.out)
-    elif args.command == "table":
-        print_table(args.films, args.out)
-    else:
-        print_claims(args.out)
+    COMMANDS[args.command](*args.arguments)
 
 
 if __name__ == "__main__":

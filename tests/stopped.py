@@ -1,68 +1,50 @@
-"""python stopped.py --by SIGNAL --place PLACE --call N [...] train.py ...: the script, ended by a
-signal in the N-th call of a function.
+"""Run a script. In the N-th call of a function, process RANK and its workers get a signal.
 
-PLACE, where the signal comes:
-step          before the weights are changed
-validation    before a batch of videos is scored
-save          when half of a checkpoint is written
+    python stopped.py SIGNAL MODULE.FUNCTION N START RANK train.py ...
+    python stopped.py SIGKILL torch.save 2 fork 0 train.py --model tin
+
+START: how the loader's workers are started. If the call is one of torch.save, half of a checkpoint
+is written first.
 """
-import argparse
+import importlib
+import itertools
 import multiprocessing
 import os
 import runpy
 import signal
 import sys
 
-import torch
-
 sys.path[0] = os.getcwd()  # the scripts of the current folder
-import evaluate
-
-PLACES = {
-    "step": (torch.nn.utils, "clip_grad_norm_"),
-    "validation": (evaluate, "score_views"),
-    "save": (torch, "save"),
-}
 
 
 def stop_in(place, nth_call, signal_name):
-    """Replace a function by one that ends this process in its nth call."""
-    module, name = PLACES[place]
+    """Replace a function by one that sends the signal in its nth call."""
+    module_name, _, name = place.rpartition(".")
+    module = importlib.import_module(module_name)
     function = getattr(module, name)
-    calls = []
+    calls = itertools.count(1)
 
     def stopping(*arguments, **options):
-        calls.append(name)
-        if len(calls) == nth_call:
-            if place == "save":
+        if next(calls) == nth_call:
+            if name == "save":
                 arguments[1].write_bytes(b"half of a checkpoint")
-            target = os.getpid()
-            if signal_name == "SIGINT":
-                target = 0  # the process group: Ctrl-C in a terminal reaches the workers too
-            os.kill(target, signal.Signals[signal_name])
+            os.kill(0, signal.Signals[signal_name])  # 0: the group of this process
         return function(*arguments, **options)
 
     setattr(module, name, stopping)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--by", required=True, help="name of the signal; SIGINT is Ctrl-C")
-    parser.add_argument("--place", required=True, choices=PLACES)
-    parser.add_argument("--call", required=True, type=int, help="1, 2, ...")
-    parser.add_argument("--rank", default="0", help="of the process that is stopped")
-    parser.add_argument("--start", default="fork", help="how the loader's workers are started")
-    parser.add_argument("command", nargs=argparse.REMAINDER)
-    args = parser.parse_args()
-
-    multiprocessing.set_start_method(args.start)
-    if args.by == "SIGINT":
-        os.setpgrp()  # a group of its own, or pytest would be stopped too
-        # A shell that starts pytest in the background has it ignore Ctrl-C.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal_name, place, nth_call, start, rank, *command = sys.argv[1:]
+    multiprocessing.set_start_method(start)
+    # A group of its own, or pytest would be stopped too. Under torchrun it has one.
+    if os.getpgrp() != os.getpid():
+        os.setpgrp()
+    # A shell that starts pytest in the background makes it ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # under torchrun: killed in the first two of three starts
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    if restarts < 2 and args.rank == os.environ.get("RANK", "0"):
-        stop_in(args.place, args.call, args.by)
-    sys.argv = args.command
+    if restarts < 2 and rank == os.environ.get("RANK", "0"):
+        stop_in(place, int(nth_call), signal_name)
+    sys.argv = command
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -10,30 +10,18 @@ after ±, their sample standard deviation. The toy's networks are smaller than t
 stand in their model's first row, and those of SlowFast in the row of their variant.
 """
 import argparse
-import json
+import importlib
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-import slowfast
-import tin
-import trn
-import tsm
-import tsn
+import ensemble
+import evaluate
 
-# The report's order; it tried TRN, but gives no figure.
-IMAGE_MODELS = {"tsm": tsm, "tin": tin, "tsn": tsn, "trn": trn}
-MODELS = {**IMAGE_MODELS, "slowfast": slowfast}
-
-BACKBONES = {
-    "resnet50": "ResNet-50",
-    "resnet101": "ResNet-101",
-    "inception_resnet_v2": "Inception-ResNet-v2",
-    "senet154": "SENet-154",
-}
 ENSEMBLES = {  # mAP on validation and on test; report, Table 2
     "video models": ("66.71", "59.80"),
     "video and image models": ("67.22", "60.77"),
@@ -42,31 +30,20 @@ ENSEMBLES = {  # mAP on validation and on test; report, Table 2
 
 # ---- score files -------------------------------------------------------------------------------
 
-def read_meta(path):
-    """What a score file says about itself."""
-    try:
-        with np.load(path) as file:
-            meta = json.loads(str(file["meta"]))
-    except Exception:  # numpy raises many kinds of errors for other files
-        raise ValueError(f"{path}: cannot be read as a score file") from None
-    if meta["map"] is None:
-        raise ValueError(f"{path}: scores of a list without labels have no mAP")
-    return meta
+def same(recipe, other, *keys):
+    return all(recipe.get(key) == other.get(key) for key in keys)
 
 
 def find_row(path, model, recipe):
     """The row of the report in which a network stands."""
-    if model not in MODELS:
-        raise ValueError(f"{path}: the report has no network {model}")
-    rows = MODELS[model].RECIPES
-    size = "depth" if model == "slowfast" else "backbone"
-    for row, values in rows.items():
-        if row == "toy" or values.get("variant") != recipe.get("variant"):
-            continue
-        if recipe[size] == rows["toy"][size]:
-            return row
-        if recipe[size] == values[size] and recipe["frames"] == values["frames"]:
-            return row
+    module, toy = evaluate.open_model(model, "toy")
+    for row in getattr(module, "REPORTED", {}):  # not in a reader's own
+        values = module.RECIPES[row]
+        if same(recipe, values, "variant"):
+            if same(recipe, toy, "backbone", "depth"):
+                return row
+            if same(recipe, values, "backbone", "depth", "frames"):
+                return row
     raise ValueError(f"{path}: the report has no {model} of this size")
 
 
@@ -82,38 +59,31 @@ def find_ensemble(path, members):
 
 def collect(paths):
     """Sort score files into cells, {(model, row, protocol): [mAP in percent, ...]}."""
-    cells = {}
+    cells = defaultdict(list)
     for path in paths:
-        meta = read_meta(path)
+        _, scores, labels, meta = ensemble.read_scores(path)
         if meta["model"] == "ensemble":
             cell = ("ensemble", find_ensemble(path, meta["members"]), "")
         else:
             row = find_row(path, meta["model"], meta["recipe"])
             cell = (meta["model"], row, meta["protocol"]["name"])
-        cells.setdefault(cell, []).append(100 * meta["map"])
+        cells[cell].append(100 * evaluate.sample_map(scores, labels))
     return cells
 
 
 # ---- tables ------------------------------------------------------------------------------------
 
-def reported(value):
-    if value is None:
+def mean_and_spread(values):
+    """Of the figures of several seeds; a single figure alone; "-" if there is none."""
+    if len(values) == 0:
         return "-"
-    return f"{value:.2f}"
-
-
-def ours(cells, *cell):
-    """The mean over the seeds and the spread, or a single figure."""
-    maps = cells.get(cell, [])
-    if not maps:
-        return "-"
-    if len(maps) == 1:
-        return f"{maps[0]:.2f}"
-    return f"{np.mean(maps):.1f} ± {np.std(maps, ddof=1):.1f}"
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
 
 
 def print_row(*cells):
-    print(f"| {' | '.join(cells)} |")
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 def print_head(title, *columns):
@@ -122,35 +92,17 @@ def print_head(title, *columns):
     print_row(*["---"] * len(columns))
 
 
-def print_image_models(cells):
-    print_head("Table 1. Image models", "network", "backbone", "frames", "recipe", "report",
-               "ours, one view", "ours, dense")
-    for model, module in IMAGE_MODELS.items():
-        for row, figure in module.REPORTED.items():
-            recipe = module.RECIPES[row]
-            print_row(model.upper(), BACKBONES[recipe["backbone"]], str(recipe["frames"]),
-                      f"`{row}`", reported(figure), ours(cells, model, row, "clip"),
-                      ours(cells, model, row, "dense"))
-
-
-def print_video_models(cells):
-    print_head("Table 2. Video models", "network", "recipe", "report, one clip", "report, dense",
-               "report, multi-scale", "ours, one clip", "ours, dense", "ours, multi-scale")
-    for row, figures in slowfast.REPORTED.items():
-        pathways, size = slowfast.RECIPES[row]["variant"].split("_")
-        name = pathways.capitalize().replace("Slowfast", "SlowFast")
-        one_clip, dense, multiscale = figures or [None, None, None]
-        print_row(f"{name} {size}", f"`{row}`", reported(one_clip), reported(dense),
-                  reported(multiscale), ours(cells, "slowfast", row, "clip"),
-                  ours(cells, "slowfast", row, "dense"),
-                  ours(cells, "slowfast", row, "multiscale"))
-
-
-def print_ensembles(cells):
-    print_head("Table 2, continued. Ensembles", "ensemble", "report, validation", "report, test",
-               "ours, validation")
-    for row, (validation, test) in ENSEMBLES.items():
-        print_row(row, validation, test, ours(cells, "ensemble", row, ""))
+def print_networks(cells, title, models, protocols, columns):
+    """columns: what the report's figures are."""
+    print_head(title, "network", "recipe", *columns,
+               *[f"ours, {protocol}" for protocol in protocols])
+    for model in models:
+        for row, figures in importlib.import_module(model).REPORTED.items():
+            theirs = ["-"] * len(columns)
+            if figures is not None:
+                theirs = [f"{figure:.2f}" for figure in np.atleast_1d(figures)]
+            ours = [mean_and_spread(cells[model, row, protocol]) for protocol in protocols]
+            print_row(model, f"`{row}`", *theirs, *ours)
 
 
 def main():
@@ -158,9 +110,16 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", metavar="FILE.npz", help="score files")
     cells = collect(parser.parse_args().files)
-    print_image_models(cells)
-    print_video_models(cells)
-    print_ensembles(cells)
+    # the report's order; it tried TRN, but gives no figure
+    print_networks(cells, "Table 1. Image models", ["tsm", "tin", "tsn", "trn"],
+                   ["clip", "dense"], ["report"])
+    protocols = ["clip", "dense", "multiscale"]
+    print_networks(cells, "Table 2. Video models", ["slowfast"], protocols,
+                   [f"report, {protocol}" for protocol in protocols])
+    print_head("Table 2, continued. Ensembles", "ensemble", "report, validation", "report, test",
+               "ours, validation")
+    for row, figures in ENSEMBLES.items():
+        print_row(row, *figures, mean_and_spread(cells["ensemble", row, ""]))
 
 
 if __name__ == "__main__":

@@ -129,8 +129,9 @@ TABLE = [  # (command, part of the line on stderr)
     ("evaluate --checkpoint cut.pt", "cut.pt: not a PyTorch checkpoint, or truncated"),
     ("evaluate --checkpoint tensor.pt", "tensor.pt: not a PyTorch checkpoint"),
     ("evaluate --checkpoint plain.pt", "for other people's files: --model NAME --weights plain.pt"),
-    ("evaluate --checkpoint run/best.pt --data lost --workers 0",
-     "lost/val.txt:1: lost/frames/train/gone/img_"),
+    # from a loader's worker, whose error holds its traceback
+    ("evaluate --checkpoint run/best.pt --data lost --workers 1",
+     "evaluate.py: lost/val.txt:1: lost/frames/train/gone/img_"),
     ("evaluate --checkpoint run/best.pt --data swapped",
      "class 0 is 'moving+right' in run/best.pt, but 'moving+left' in swapped/categories.txt"),
     ("evaluate --checkpoint run/best.pt --data fewer",

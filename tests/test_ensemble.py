@@ -8,7 +8,6 @@ Other bad input is in test_bad_input.py.
 """
 import json
 import os
-import zlib
 
 import numpy as np
 import pytest
@@ -26,23 +25,16 @@ B = np.array([[0.2, 0.3, 0.0], [0.05, 0.45, 0.0]], np.float32)  # 1/2, 1
 C = np.array([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]], np.float32)    # 1/3, 1/3
 
 
-# ---- the mean ------------------------------------------------------------------------------------
+# ---- the mean and the fit ------------------------------------------------------------------------
 
-def test_a_mean_has_equal_weights_or_those_given():
-    close(ensemble.combine([A, C]), [[0.225, 0.525, 0.5], [0.65, 0.1, 0.5]], 1e-6)
-    close(ensemble.combine([A, C], [3, 1])[0], [0.3375, 0.2875, 0.25], 1e-6)
-
-
-def test_half_precision_scores_are_averaged_in_float32():
+def test_the_mean_of_half_precision_scores_is_finer():
     """Between these two lies no number of half precision."""
     low = np.array([[0.5]], np.float16)
     high = np.array([[0.5005]], np.float16)
     assert low < ensemble.combine([low, high]) < high
 
 
-# ---- fitting -------------------------------------------------------------------------------------
-
-def test_two_models_that_help_each_other_get_equal_weights():
+def test_the_weights_are_those_of_the_best_round():
     """Each round of the search adds the model that makes the mean best. The first takes A, the
     first of equals, and the second B: their mean ranks both labels first. A third is no better, so
     the weights are those after the second."""
@@ -50,7 +42,7 @@ def test_two_models_that_help_each_other_get_equal_weights():
 
 
 def naive_greedy(scores, labels, rounds):
-    """A model may be chosen again. The weights are the models' shares of the choices."""
+    """A model may be chosen again. The weights are its shares of the choices up to the best."""
     chosen = []
     best_map = -1
     for _ in range(rounds):
@@ -64,39 +56,31 @@ def naive_greedy(scores, labels, rounds):
     return counts / counts.sum()
 
 
-@pytest.fixture
-def three_models():
-    """Labels of 60 videos and 12 classes, and three models: labels plus ever more noise."""
+def test_weights_are_those_of_the_naive_search():
+    """Of three models: labels plus ever more noise, rounded so that scores tie."""
     rng = np.random.default_rng(0)
     labels = (rng.random((60, 12)) < 0.2).astype(int)
     noise = rng.normal(size=(3, 60, 12)) * [[[1.0]], [[1.2]], [[1.6]]]
-    return labels, np.round(labels + noise, 1)  # rounded, so that scores tie
-
-
-def test_weights_are_those_of_the_naive_search(three_models):
-    labels, scores = three_models
+    scores = np.round(labels + noise, 1)
     weights = ensemble.fit_weights(scores, labels, rounds=15)
     close(weights, naive_greedy(scores, labels, 15), 1e-12)
-    assert (weights > 0).sum() > 1  # not a trivial case
+    assert (weights > 0).sum() > 1  # more than one is chosen
 
 
-def test_cross_fitted_weights_have_not_seen_the_video(three_models):
-    """A hash of the path divides the videos into fifths, whatever their order. Each fifth is scored
-    with weights fitted to the other four."""
-    labels, scores = three_models
-    paths = [f"video {i}" for i in range(60)]
-    result = ensemble.cross_fit(paths, scores, labels)
-    folds = np.array([zlib.crc32(path.encode()) % 5 for path in paths])
-    for fold in range(5):
-        seen = folds != fold
-        weights = ensemble.fit_weights(scores[:, seen], labels[seen])
-        close(result[~seen], ensemble.combine(scores[:, ~seen], weights), 1e-12)
+def test_cross_fitted_weights_have_not_seen_the_video():
+    """A hash of the path divides the videos into fifths; "first" and "fourth" are in the same. So
+    their weights are fitted to "second" alone, where B is best. Those of "second" are fitted to the
+    other two, where A is best."""
+    # "fourth" is a copy of "first"
+    scores = np.array([A, B])[:, [0, 1, 0]]
+    result = ensemble.cross_fit(["first", "second", "fourth"], scores, LABELS[[0, 1, 0]])
+    close(result, np.array([B[0], A[1], B[0]]), 1e-6)
 
 
 def test_a_single_video_gets_equal_weights():
     """There is no other to fit to."""
     scores = np.array([A, B])[:, :1]
-    close(ensemble.cross_fit(PATHS[:1], scores, LABELS[:1]), scores.mean(axis=0), 1e-6)
+    close(ensemble.cross_fit(PATHS[:1], scores, LABELS[:1]), [[0.325, 0.175, 0]], 1e-6)
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -117,16 +101,15 @@ def read_scores(name):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """run(*arguments) -> (exit status, lines on stdout, lines on stderr) of ensemble.py. The
+    """run(*arguments, status=0) -> the lines that ensemble.py prints, those on stderr last. The
     working folder is tmp_path, with the models' files a.npz, b.npz and c.npz."""
     monkeypatch.chdir(tmp_path)
     for name, scores in (("a.npz", A), ("b.npz", B), ("c.npz", C)):
         write_scores(name, scores, meta={"model": name, "categories": ["run", "jump", "swim"]})
 
-    def run(*arguments):
-        status = call("ensemble", *arguments)
-        captured = capsys.readouterr()
-        return status, captured.out.splitlines(), captured.err.splitlines()
+    def run(*arguments, status=0):
+        assert call("ensemble", *arguments) == status
+        return "".join(capsys.readouterr()).splitlines()
 
     return run
 
@@ -140,9 +123,9 @@ def test_the_result_is_itself_a_score_file(run):
     assert meta["categories"] == ["run", "jump", "swim"]
     assert [member["model"] for member in meta["members"]] == ["a.npz", "b.npz"]
 
-    _, lines, _ = run("pair", "c.npz", "--weights", 2, 1, "--out", "three.npz")
+    lines = run("pair", "c.npz", "--weights", 2, 1, "--out", "three.npz")
     file, meta = read_scores("three.npz")
-    close(file["scores"], ensemble.combine([A, B, C]), 1e-6)
+    close(file["scores"], (A + B + C) / 3, 1e-6)
     assert meta["map"] == pytest.approx(1 / 3)  # C's large scores put every label last
     assert lines[-1] == "mAP 33.33"
 
@@ -150,7 +133,7 @@ def test_the_result_is_itself_a_score_file(run):
 def test_fit_prints_what_each_model_gives(run):
     """Its mAP, what the mean of all gains without it, and its fitted weight. Without C the mean
     ranks the labels first, in place of last."""
-    _, lines, _ = run("a.npz", "b.npz", "c.npz", "--fit")
+    lines = run("a.npz", "b.npz", "c.npz", "--fit", "--out", "fitted.npz")
     assert [line.split() for line in lines[1:4]] == [
         ["75.00", "+0.00", "0.50", "a.npz"],
         ["75.00", "+0.00", "0.50", "b.npz"],
@@ -158,30 +141,25 @@ def test_fit_prints_what_each_model_gives(run):
     ]
     assert lines[4].split() == "equal weights 33.33 fitted 100.00 cross-fitted 50.00".split()
 
-    # the printed flags, pasted
-    flags = "--weights 0.5 0.5 0"
-    assert lines[6].endswith(flags)
-    assert run("a.npz", "b.npz", "c.npz", *flags.split())[1][-1] == "mAP 100.00"
-
-
-def test_fit_writes_the_cross_fitted_scores(run):
-    """The two paths are in different fifths. So each video is scored by weights fitted to the
-    other: all on the model that is better there, and worse here."""
-    _, lines, _ = run("a.npz", "b.npz", "c.npz", "--fit", "--out", "fitted.npz")
+    # the cross-fitted scores are written: each video gets the model that is better at the other
     assert lines[-1] == "mAP 50.00"
     file, meta = read_scores("fitted.npz")
     close(file["scores"], np.array([B[0], A[1]]), 1e-6)
     assert meta["weights"] == [0.5, 0.5, 0]  # fitted to both
 
+    # the printed flags, pasted
+    flags = "--weights 0.5 0.5 0"
+    assert lines[6].endswith(flags)
+    assert run("a.npz", "b.npz", "c.npz", *flags.split())[-1] == "mAP 100.00"
+
 
 def test_a_single_model_has_all_the_weight(run):
-    _, lines, _ = run("a.npz", "--fit")
-    assert lines[1].split() == ["75.00", "+0.00", "1.00", "a.npz"]
+    assert run("a.npz", "--fit")[1].split() == ["75.00", "+0.00", "1.00", "a.npz"]
 
 
 def test_files_without_labels_are_averaged_without_a_map(run):
     write_scores("test.npz", A, labels=None)
-    _, [line], _ = run("test.npz", "test.npz", "--out", "out.npz")
+    [line] = run("test.npz", "test.npz", "--out", "out.npz")
     assert "no mAP" in line
     file, _ = read_scores("out.npz")
     assert "labels" not in file
@@ -190,29 +168,28 @@ def test_files_without_labels_are_averaged_without_a_map(run):
 
 def test_softmax_beside_sigmoid_is_noted(run):
     """Also among the members of an ensemble."""
-    for name, loss in (("a.npz", "ce"), ("b.npz", "ce"), ("c.npz", "bce")):
+    for name, loss in [("softmax.npz", "ce"), ("sigmoid.npz", "bce")]:
         write_scores(name, A, meta={"recipe": {"loss": loss}})
-    _, lines, _ = run("a.npz", "b.npz", "--out", "pair.npz")
-    assert "softmax" not in "".join(lines)
-    for first in ("a.npz", "pair.npz"):
-        _, lines, _ = run(first, "c.npz")
-        assert "by softmax (--loss ce), others by sigmoid" in lines[0]
+    assert "softmax" not in run("softmax.npz", "softmax.npz", "--out", "pair.npz")[0]
+    assert "by softmax (--loss ce), others by sigmoid" in run("pair.npz", "sigmoid.npz")[0]
 
 
-def test_only_the_first_process_prints_and_writes(run, monkeypatch):
+def test_only_the_first_process_prints_and_writes(run, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    assert run("a.npz", "b.npz", "--out", "out.npz") == (0, [], [])
+    assert call("ensemble", "a.npz", "b.npz", "--out", "out.npz") == 0
+    assert capsys.readouterr() == ("", "")
     assert not os.path.exists("out.npz")
 
 
 # ---- reading and aligning files ------------------------------------------------------------------
 
 def test_the_order_of_rows_does_not_matter(run):
-    write_scores("reversed.npz", B[::-1], LABELS[::-1], PATHS[::-1])
-    paths, scores, labels, _ = ensemble.align(["a.npz", "reversed.npz"])
-    assert paths == PATHS
-    assert np.array_equal(scores, [A, B])
-    assert np.array_equal(labels, LABELS)
+    write_scores("reversed.npz", A[::-1], LABELS[::-1], PATHS[::-1])
+    run("a.npz", "reversed.npz", "--out", "out.npz")
+    file, _ = read_scores("out.npz")
+    assert file["paths"].tolist() == PATHS
+    assert file["labels"].tolist() == LABELS.tolist()
+    close(file["scores"], A, 1e-6)
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -234,8 +211,7 @@ def test_the_order_of_rows_does_not_matter(run):
 ])
 def test_a_file_that_does_not_fit_is_refused(run, changes, message):
     write_scores("b.npz", **{"scores": B, **changes})
-    status, lines, [error] = run("a.npz", "b.npz")
-    assert (status, lines) == (2, [])
+    [error] = run("a.npz", "b.npz", status=2)
     assert "b.npz" in error
     assert message in error
 
@@ -243,7 +219,7 @@ def test_a_file_that_does_not_fit_is_refused(run, changes, message):
 def test_names_are_compared_where_both_files_hold_them(run):
     """A file of another program may hold none: then an equal number of classes suffices."""
     write_scores("foreign.npz", B)
-    assert run("foreign.npz", "a.npz")[0] == 0
+    assert run("foreign.npz", "a.npz")[-1] == "mAP 100.00"
     write_scores("other.npz", B, meta={"categories": ["run", "jump", "dive"]})
-    _, _, [error] = run("foreign.npz", "a.npz", "other.npz")
+    [error] = run("foreign.npz", "a.npz", "other.npz", status=2)
     assert "class 2 is 'swim' in a.npz, but 'dive' in other.npz" in error
