@@ -1,12 +1,15 @@
 """Takes the place of ffmpeg in test_data.py: it writes a frame, does what the video's text says,
 and then, if it has not ended, writes a second one."""
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
 
-video = sys.argv[sys.argv.index("-i") + 1]
-text = Path(video.removeprefix("file:")).read_text()
+DATA = Path("../../..")  # the data folder: the frames are written to DATA/frames/.part-NAME/ROW
+
+video = Path(sys.argv[sys.argv.index("-i") + 1].removeprefix("file:"))
+text = video.read_text()
 if text == "write nothing":
     sys.exit(0)
 
@@ -26,6 +29,12 @@ elif text == "fill the disk":
 elif text == "kill the parent":
     os.kill(os.getppid(), signal.SIGKILL)
     sys.exit(0)
+elif text == "copy the frames to their place":
+    shutil.copytree(".", DATA / "frames" / video.stem)
+elif text == "write categories.txt":
+    (DATA / "categories.txt").write_text("run\n")
+elif text == "write val.txt":
+    (DATA / "val.txt").write_text("c 2 0\n")
 elif text != "":
     raise ValueError(f"no such instruction: {text}")
 
