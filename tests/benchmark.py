@@ -40,11 +40,11 @@ def timer(call, threads=THREADS):
 
 
 def compare(args, row, work, reference, ours, theirs, threads=THREADS):
-    """Print the median times of theirs() and ours(), the quartiles' distance, and our speed as a
-    multiple of the reference's. A wide distance means that the machine was busy."""
+    """Print the median times of theirs() and ours(), after ± the distance between the quartiles,
+    and our speed as a multiple of the reference's. A wide distance means a busy machine."""
     medians = []
     cells = []
-    for call in [theirs, ours]:
+    for call in (theirs, ours):
         times = timer(call, threads).blocked_autorange(min_run_time=0.01 if args.tiny else 5)
         medians.append(times.median)
         cells.append(f"{1000 * times.median:,.1f} ± {1000 * times.iqr:,.1f} ms")
@@ -60,7 +60,7 @@ def make_model(args, name):
     pages = (data.RECIPE, evaluate.RECIPE, train.RECIPE)
     module, recipe = evaluate.open_model(name, row, pages)
     if not args.tiny:
-        recipe.update(RESNET50.get(name, {}))  # the first row of the others is one
+        recipe.update(RESNET50.get(name, {}))  # the others' first rows are ResNet-50 with 8 frames
     with args.device:  # the first weights are drawn there
         return module.build(recipe, CLASSES), recipe
 
@@ -102,8 +102,8 @@ def draw_videos(folder):
 # ---- CPU: ours beside a reference --------------------------------------------------------------
 
 def keep_memory():
-    """Keep the memory that the process has once had, as on GPUs. Otherwise glibc returns blocks
-    above 32 MB to the kernel, which fills each new one with zeros; that can outlast the work."""
+    """Keep the memory that the process has once had, as on GPUs. Otherwise glibc gives large blocks
+    back, and the kernel fills each new one with zeros, which may take longer than the work."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # other systems have none
         libc.mallopt(-4, 0)   # M_MMAP_MAX: no blocks outside the heap
@@ -244,8 +244,8 @@ def compare_views(args):
 
     @torch.no_grad()
     def forward_passes():
-        for model, x in inputs:
-            model(x)
+        for network, x in inputs:
+            network(x)
 
     compare(args, "views", f"slowfast, {evaluate.count_views(protocol)} views of a video",
             "the forward passes alone", ours, forward_passes)
@@ -292,14 +292,19 @@ def time_network(args, name, amp, channels_last, compiled):
     memory = torch.cuda.max_memory_allocated() / 2**30  # 0 on a CPU
 
     clips = random_clips(args, recipe, size)
-    score = functools.partial(
-        evaluate.score_views, model.eval(), [clips[:, None]], recipe, args.device, size,
-        evaluate.make_autocast(args.device, amp), channels_last)
+    model.eval()
+    autocast = evaluate.make_autocast(args.device, amp)
+
+    def score():
+        evaluate.score_views(model, [clips[:, None]], recipe, args.device, size, autocast,
+                             channels_last)
+
     return tuple(clips.shape[:4]), seconds, memory, timer(score).timeit(turns).mean
 
 
 def time_loaders(args):
-    """Training clips a second, counted once all workers are at work."""
+    """Training clips a second. The first batch of each worker is not counted: workers start one
+    after another."""
     print_head("Clips a second from the loader", "workers", "8 x 224", "32 x 112")
     turns = 2 if args.tiny else 13  # of each worker
     for workers in [1] if args.tiny else [1, 4, 8, 16]:
@@ -324,15 +329,16 @@ def main():
     args = parser.parse_args()
 
     print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, "
-          f"Python {sys.version.split()[0]}, torch {torch.__version__}")
+          f"Python {sys.version.split()[0]}, torch {torch.__version__}", flush=True)
     args.device = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)
         args.videos = draw_videos(args.folder / "data")
         if args.gpu:
             _, _, args.device = evaluate.start_process()  # the GPU if there is one
+            torch.backends.cudnn.benchmark = True  # as in train.py
+            print(f"device {args.device}")
             if args.device.type == "cuda":
-                torch.backends.cudnn.benchmark = True  # as in train.py
                 print(torch.cuda.get_device_name())
             time_networks(args)
             time_loaders(args)

@@ -1,12 +1,12 @@
 """Takes the place of ffmpeg in test_data.py: it writes a frame, does what the video's text says,
-and then, if it has not ended, writes a second one."""
+and then, unless that has ended it, writes a second one."""
 import os
 import shutil
 import signal
 import sys
 from pathlib import Path
 
-DATA = Path("../../..")  # the data folder: the frames are written to DATA/frames/.part-NAME/ROW
+DATA = Path("../../..")  # the data folder: ffmpeg runs in DATA/frames/.part-NAME/ROW
 
 video = Path(sys.argv[sys.argv.index("-i") + 1].removeprefix("file:"))
 text = video.read_text()
@@ -29,7 +29,7 @@ elif text == "fill the disk":
 elif text == "kill the parent":
     os.kill(os.getppid(), signal.SIGKILL)
     sys.exit(0)
-elif text == "copy the frames to their place":
+elif text == "copy the frame to its place":
     shutil.copytree(".", DATA / "frames" / video.stem)
 elif text == "write categories.txt":
     (DATA / "categories.txt").write_text("run\n")

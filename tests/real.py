@@ -30,7 +30,7 @@ GROUPS = {
         "place": ["inside", "outside"],
         "location": ["gate", "rusty_bridge", "station_outside", "turquoise_bridge", "two_stations"],
     },
-    # The six letters of a file's name, in this order. The speakers were never given a w.
+    # The six characters of a file's name, in this order. The speakers were never given a w.
     "grid": {
         "command": ["bin", "lay", "place", "set"],
         "colour": ["blue", "green", "red", "white"],
@@ -45,7 +45,8 @@ GROUPS = {
 # ---- lists -------------------------------------------------------------------------------------
 
 def tank_lines(file):
-    """A list of the data set's authors, who name each film's features, NAME.npy -> csv lines."""
+    """A list of the data set's authors -> csv lines. It names the features of a film, NAME.npy, and
+    not the film, NAME.mp4."""
     lines = []
     with open(file, newline="", encoding="utf-8") as rows:
         for row in csv.DictReader(rows):
@@ -91,7 +92,8 @@ def shuffled(make_views):
 
 
 def score_shuffled(checkpoint, folder, out):
-    """evaluate.py, with shuffled frames. A single process gives each video an order of its own."""
+    """evaluate.py, with shuffled frames. Without --workers 0, each loader process would have a copy
+    of the generator, and repeat its orders."""
     flags = ["--checkpoint", checkpoint, "--data", folder, "--out", out, "--workers", "0"]
     make_views = shuffled(evaluate.make_views)
     with mock.patch("sys.argv", ["evaluate.py", *flags]), \
@@ -102,7 +104,8 @@ def score_shuffled(checkpoint, folder, out):
 # ---- tables ------------------------------------------------------------------------------------
 
 def score_files(out, names):
-    """{a score file's name: [its (scores, labels, categories) of every seed]}. names: patterns."""
+    """{a score file's name: [its (scores, labels, categories) of every seed]}. names: patterns,
+    with spaces between them."""
     files = defaultdict(list)
     for name in names.split():
         for file in sorted(Path(out).glob(f"seed*/{name}.npz")):
@@ -140,8 +143,8 @@ def print_table(films, out):
         print_row(name, *map(mean_and_spread, cells))
 
 
-# A claim, the report's figures, the score file that should be better, and those of which the best
-# should be worse (patterns: t* are the image models).
+# A claim; the report's figures or words; the score file that should be better; others, the best of
+# which should be worse (as patterns: t* are the image models).
 CLAIMS = [
     ("order matters: TSM against TSN", "59.85 (8 frames, ResNet-50), 58.92 (5, ResNet-101)",
      "tsm-clip", "tsn-clip"),
@@ -188,7 +191,8 @@ def best(out, names):
 
 
 def judge(better, worse):
-    """Of one seed, less than 3 points show nothing; of several, less than both spreads together."""
+    """Where one side has a single seed, less than 3 points show nothing; otherwise, less than the
+    sum of both standard deviations."""
     if not better or not worse:
         return "not run"
     noise = 3.0
@@ -216,11 +220,11 @@ def print_claims(*folders):
         print_row(claim, report, *cells)
 
 
-COMMANDS = {
-    "lists": write_lists,
-    "shuffled": score_shuffled,
-    "table": print_table,
-    "claims": print_claims,
+COMMANDS = {  # a function, and its arguments
+    "lists": (write_lists, "FILMS FOLDER OUT"),
+    "shuffled": (score_shuffled, "CHECKPOINT DATA FILE.npz"),
+    "table": (print_table, "FILMS OUT"),
+    "claims": (print_claims, "OUT ..."),
 }
 
 
@@ -230,7 +234,10 @@ def main():
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("arguments", nargs="+")
     args = parser.parse_args()
-    COMMANDS[args.command](*args.arguments)
+    function, names = COMMANDS[args.command]
+    if args.command != "claims" and len(args.arguments) != len(names.split()):
+        parser.error(f"{args.command} {names}: other arguments")
+    function(*args.arguments)
 
 
 if __name__ == "__main__":

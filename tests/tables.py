@@ -31,19 +31,19 @@ ENSEMBLES = {  # mAP on validation and on test; report, Table 2
 # ---- score files -------------------------------------------------------------------------------
 
 def same(recipe, other, *keys):
+    """Whether both have equal values, or none, for these keys."""
     return all(recipe.get(key) == other.get(key) for key in keys)
 
 
 def find_row(path, model, recipe):
     """The row of the report in which a network stands."""
     module, toy = evaluate.open_model(model, "toy")
-    for row in getattr(module, "REPORTED", {}):  # not in a reader's own
-        values = module.RECIPES[row]
-        if same(recipe, values, "variant"):
-            if same(recipe, toy, "backbone", "depth"):
-                return row
-            if same(recipe, values, "backbone", "depth", "frames"):
-                return row
+    keys = ["variant", "backbone", "depth", "frames"]
+    if same(recipe, toy, "backbone", "depth"):
+        keys = ["variant"]  # which image models lack
+    for row in getattr(module, "REPORTED", {}):  # a reader's own model file has none
+        if same(recipe, module.RECIPES[row], *keys):
+            return row
     raise ValueError(f"{path}: the report has no {model} of this size")
 
 
@@ -93,7 +93,7 @@ def print_head(title, *columns):
 
 
 def print_networks(cells, title, models, protocols, columns):
-    """columns: what the report's figures are."""
+    """columns: the headings of the report's figures."""
     print_head(title, "network", "recipe", *columns,
                *[f"ours, {protocol}" for protocol in protocols])
     for model in models:

@@ -30,6 +30,9 @@ TABLE = [  # (command, part of the line on stderr)
 
     # data.py extract
     ("data extract --videos videos --out new --split a/b", "--split a/b: a name such as train"),
+    ("data extract --videos videos --out new --split categories", "--split categories: a name"),
+    ("data extract --videos videos --out new --split a_failed", "--split a_failed: a name"),
+    ("data extract --videos videos --out new --val 0", "--val 0.0: a fraction between 0 and 1"),
     ("data extract --videos videos --out new --val 1",
      "--val 1.0: a fraction between 0 and 1, such as 0.2"),
     ("data extract --videos gone --out new --val 0.2", "gone: no such folder"),
@@ -41,6 +44,8 @@ TABLE = [  # (command, part of the line on stderr)
      "No such file or directory: 'gone.csv'"),
     ("data extract --videos videos --out new --val 0.2 --list no-lines",
      "no-lines: lists no video that has frames"),
+    ("data extract --videos videos --out new --val 0.2 --list file --format mmaction2-videos",
+     "file:1: the file is read as mmaction2-videos, but 'some text' does not fit"),
     ("data extract --videos videos --out new --val 0.2 --list not-utf8",
      "not-utf8: not a text file in UTF-8; save it as one"),
 
@@ -211,8 +216,8 @@ def folder(tmp_path_factory):
     toy_with("reordered", train=reversed(Path("runs/toy/train.txt").read_text().splitlines()))
     write("no-lists/categories.txt", "a class\n")
 
-    # In "short" a video is called "train/00000 24 1", like a list line, and is listed with 2
-    # frames, fewer than the 8 segments.
+    # In "short" a video has the path "train/00000 24 1", which looks like a list line, 2 frames,
+    # fewer than the 8 segments, and the label 3.
     toy_with("short", val=["train/00000 24 1 2 3"])
     os.remove("short/frames")  # the link
     shutil.copytree("runs/toy/frames/train/00000", "short/frames/train/00000 24 1")
@@ -261,8 +266,9 @@ def test_bad_input_is_one_line_and_leaves_no_file(folder, capsys, command, expec
     lines = capsys.readouterr().err.splitlines()
     if lines[0].startswith("usage:"):  # argparse's line before the error
         del lines[0]
-    [line] = [line for line in lines if not line.endswith(" s left")]  # so ends a progress line
-    assert expected in line
+    errors = [line for line in lines if not line.endswith(" s left")]  # so ends a progress line
+    assert len(errors) == 1, errors
+    assert expected in errors[0]
     assert tree(folder) == before
 
 

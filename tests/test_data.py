@@ -5,8 +5,8 @@ videos show, and how videos become frames.
 
 The first parts begin with examples that can be checked by hand. Where there is an independent
 answer (Pillow's, torchvision's, a naive formula's, or the set of all possible outcomes), it
-follows. Where a test draws at random, it draws often enough to see every outcome. "The authors'
-code" is X-Temporal, as in data.py. Commands that are misused are in test_bad_input.py.
+follows. "The authors' code" is X-Temporal, as in data.py. Commands that are misused are in
+test_bad_input.py.
 """
 import os
 import re
@@ -55,8 +55,8 @@ def make_old(path):
 # ---- a list: one video per line --------------------------------------------------------------
 
 def read(text, format="auto"):
-    """What a list file with this text says, in lines of "path frames labels". The frames are
-    "None" if the list gives no number."""
+    """What a list file with this text says, in lines of "path frames labels". The number of frames
+    is "None" if the list gives none."""
     videos = data.read_list(write("list.txt", text), format)
     return "\n".join(map(data.list_line, videos))
 
@@ -91,7 +91,7 @@ def test_lists_are_read(format, text, expected):
 
 
 @pytest.mark.parametrize("text", [
-    "b.mp4 5\na.mp4 92 69\n",  # "b.mp4 5" is not ours: no decision
+    "b.mp4 5\na.mp4 92 69\n",  # the first line fits mmaction2 alone, the second ours too
     "x 90 7 264\n",  # a video "x 90" of 7 frames, or "x" of 90 frames?
 ])
 def test_a_line_of_two_meanings_needs_a_format(text):
@@ -104,6 +104,9 @@ def test_a_line_of_two_meanings_needs_a_format(text):
     ("a 9 1\n\nb 9999999999999999 1\n", "expected path num_frames id"),  # at most 15 digits
     ("a 9 1\n\na 8 1\n", "a has 8 frames here and 9 in line 1"),
     ("a.mp4,1\n\nC:\\b.mp4,3\n", "must be a relative path inside the folder"),
+    ("a.mp4,1\n\n/b.mp4,3\n", "must be a relative path inside the folder"),
+    ("a.mp4,1\n\nsome/../../b.mp4,3\n", "must be a relative path inside the folder"),
+    ("a.mp4,1\n\nsome/./b.mp4,3\n", "must be a relative path inside the folder"),
     ("a.mp4,1\n\nb.mp4\n", "expected name.mp4,id[,id...] (-1: unlabelled)"),
     ("a.mp4,1\n\nb.mp4,3,-1\n", "-1 means unlabelled and stands alone"),
     ("a.mp4,1\n\nb.mp4,1,01\n", "a label appears twice"),
@@ -124,6 +127,7 @@ def test_a_bad_line_is_named_with_its_number(text, reason):
     ("c+d\na/b\n", "c+d\na/b"),
     ("c+d,1\na/b,0\n", "a/b\nc+d"),  # M-MiT: name,id
     ("\ufeff b \r\na\r\n\r\n", "b\na"),
+    ("cafe\u0301\n", "caf\u00e9"),  # as macOS may write it
     ("id,name\n1,b\n0,a\n", "a\nb"),
     ("class_id;class_name\n0;a\n1;b\n", "a\nb"),
     ('"id","name"\n"0","a"\n"1","b"\n', "a\nb"),
@@ -159,8 +163,10 @@ def test_unclear_categories_are_refused(text, reason):
 def test_segments_give_the_middle_of_each_part():
     # parts of 3 frames: the second of each
     assert data.segment_indices(24, 8).tolist() == [1, 4, 7, 10, 13, 16, 19, 22]
+    # a short video repeats frames
+    assert data.segment_indices(5, 8).tolist() == [0, 0, 1, 2, 2, 3, 4, 4]
 
-    # The authors' formula, in floating point. A short video repeats frames.
+    # the authors' formula, in floating point
     for num_frames in range(1, 400):
         part = num_frames / 5
         expected = [int(part / 2 + k * part) for k in range(5)]
@@ -185,8 +191,9 @@ def test_no_random_frame_lies_after_the_last():
 
 
 def test_clips_start_evenly_over_the_video():
-    """Clips of 32 frames, 2 apart: 26 = 90 - 2 * 32. A single clip is in test_evaluate.py."""
+    """Clips of 32 frames, 2 apart: the last start is 90 - 2 * 32 = 26."""
     assert data.clip_starts(90, 32, 2, views=4).tolist() == [0, 8, 17, 26]
+    assert data.clip_starts(90, 32, 2, views=1).tolist() == [13]  # a single one in the middle
     assert data.clip_starts(9, 32, 2, views=2).tolist() == [0, 0]  # shorter than a clip
 
 
@@ -246,18 +253,33 @@ def test_a_jitter_crop_lies_anywhere():
     assert drawn == expected
 
 
-@pytest.mark.parametrize("augment, flip, seed, x, y, step", [
-    ("jitter", True, 0, 5, 4, -1),  # mirrored: left and right change places
-    ("jitter", True, 4, 8, 3, 1),
-    ("jitter", False, 0, 5, 4, 1),
-    ("multiscale", True, 24, 4, 2, -1),
+@pytest.mark.parametrize("augment, flip, seed, x, y, mirrored", [
+    ("jitter", True, 0, 5, 4, True),
+    ("jitter", True, 4, 8, 3, False),
+    ("jitter", False, 0, 5, 4, False),
+    ("multiscale", True, 24, 4, 2, True),  # this seed cuts 32x32 pixels, which are not resized
 ])
-def test_all_frames_of_a_clip_are_cut_and_mirrored_alike(augment, flip, seed, x, y, step):
-    """Squares of 32 pixels are cut from 40x36. Seeds were chosen whose boxes are not resized."""
+def test_all_frames_of_a_clip_are_cut_and_mirrored_alike(augment, flip, seed, x, y, mirrored):
+    """Squares of 32 pixels are cut from 40x36, at (x, y)."""
     frames = noise(0, 3, 36, 40, 3)
     recipe = {**RECIPE, "augment": augment, "flip": flip}
     clip = data.make_clip(write_frames("video", frames), [2, 0], recipe, default_rng(seed))
-    assert np.array_equal(clip, frames[[2, 0], y : y + 32, x : x + 32][:, :, ::step])
+    expected = frames[[2, 0], y : y + 32, x : x + 32]
+    if mirrored:
+        expected = expected[:, :, ::-1]  # left and right change places
+    assert np.array_equal(clip, expected)
+
+
+def test_half_of_the_clips_are_mirrored():
+    frames = noise(0, 1, 36, 36, 3)
+    folder = write_frames("video", frames)
+    rng = default_rng(0)
+    mirrored = 0
+    for _ in range(400):
+        clip = data.make_clip(folder, [0], {**RECIPE, "crop": 36}, rng)  # the whole frame
+        if not np.array_equal(clip, frames):
+            mirrored += 1
+    assert 160 < mirrored < 240  # 200, give or take four standard deviations
 
 
 @pytest.mark.parametrize("width, height, size, expected", [
@@ -301,7 +323,7 @@ def test_normalising_is_torchvisions(channels_last):
 # ---- the list in memory ----------------------------------------------------------------------
 
 def list_of(text):
-    """The VideoList of a list with this text. Its frames are not there."""
+    """The VideoList of a list with this text. It needs no frames."""
     write("categories.txt", "a\nb\nc\n")
     write("train.txt", text)
     return data.VideoList(".", "train")
@@ -400,19 +422,20 @@ def sound_folder():
 def test_a_broken_video_is_named_with_its_line(sound_folder, capsys, damage, place):
     """Training stops there, and check lists it."""
     folder = Path("frames/q/r")
-    file = folder / "img_00003.jpg"
-    if place == "zip":
-        file = data.pack_folder(folder)
-    damage(file)
-    if place == "frame in a zip":
+    if place == "frame":
+        damage(folder / "img_00003.jpg")
+    elif place == "frame in a zip":
+        damage(folder / "img_00003.jpg")
         data.pack_folder(folder)
+    else:
+        damage(data.pack_folder(folder))
 
     with pytest.raises(OSError) as error:
         train_clips()[0, 1]
     message = str(error.value)
     assert message.startswith("train.txt:3: frames/q/r")
     if place != "zip":
-        assert f"{file}: " in message
+        assert "frames/q/r/img_00003.jpg: " in message
     assert "\n" not in message
     assert " at 0x" not in message  # of an object in memory
 
@@ -438,8 +461,8 @@ def test_skip_broken_takes_the_next_readable_video(capsys):
     clips = data.SkipBroken(OneReadable())
     assert clips[3, 11] == (3, 0)
     assert capsys.readouterr().err == "row 11: skipped; using the next video\n"
-    assert clips[3, 2] == (3, 0)
-    with pytest.raises(OSError, match="row 11"):
+    assert clips[3, 2] == (3, 0)  # rows 2 to 11 fail, ten in all
+    with pytest.raises(OSError, match="row 11"):  # rows 1 to 11 fail
         clips[3, 1]
 
 
@@ -470,6 +493,7 @@ def test_check_describes_a_sound_folder(sound_folder, capsys):
     out = capsys.readouterr().out
     assert "train.txt: 4 lines, 3 videos" in out
     assert "1.33 labels each" in out
+    assert "test.txt: 1 videos, 0.00 labels each, 1 without a label" in out
     assert out.endswith("\n0 problems\n")
 
 
@@ -484,8 +508,14 @@ def test_check_names_every_problem(sound_folder, capsys):
         "train.txt:3: q/r: 0 of 3 frames",
         "test.txt:2: s is also in train.txt",
         "test.txt:3: u: 3 of 900000000000000 frames",
-        "val.txt is missing: training needs it",  # not among the 4: evaluation works
+        "val.txt is missing: training needs it",  # not counted: a folder may be for evaluation
         "4 problems"]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_check_opens_the_first_the_middle_and_the_last_frame(sound_folder, number):
+    not_an_image(Path(f"frames/s/img_0000{number}.jpg"))
+    assert call("data", "check", ".") == 2
 
 
 # ---- the toy videos --------------------------------------------------------------------------
@@ -511,7 +541,7 @@ def test_the_toy_is_a_data_folder(toy):
     assert Image.open(toy / "frames/train/00000/img_00024.jpg").format == "JPEG"
 
 
-def test_labels_tell_the_motion_and_the_background():
+def test_a_label_says_where_the_shape_moves():
     """Even rows have one shape. On each axis it moves 1.2 to 1.6 pixels a frame, about 4 in three
     frames, and returns at the opposite edge, so np.roll by 4 pixels lays it on itself. Played
     backwards, the video has the reversed label."""
@@ -525,12 +555,24 @@ def test_labels_tell_the_motion_and_the_background():
             right = name.count("right") - name.count("left")
             down = name.count("down") - name.count("up")
             rolled = np.roll(frames[:-3], (4 * down, 4 * right), axis=(1, 2))
-            # another direction would be 4 of about 10 pixels off
+            # in another direction at least 4 pixels off, and a shape is about 10 wide
             assert (rolled & frames[3:]).sum() > 0.8 * frames[3:].sum()
 
-        # Every fourth pixel, checkers become brighter or darker by 40. Stripes do not, downwards.
+
+def test_checkers_change_downwards_and_stripes_do_not():
+    """Four pixels further down, checkers are 40 brighter or darker."""
+    for row in range(0, 40, 5):
+        video, labels = data.draw_video(row, default_rng([0, row]))
+        background = np.median(video, axis=0)
         change = abs(background[4:] - background[:-4]).mean()
         assert (change > 30) == (data.TOY_CATEGORIES[labels[-1]] == "checkered+ground")
+
+
+def test_the_lists_of_the_toy_have_the_labels_of_its_videos(toy):
+    videos = data.VideoList(toy, "train")
+    for row in range(16):
+        _, labels = data.draw_video(row, default_rng([3, row]))
+        assert videos.labels(row).tolist() == labels
 
 
 def test_odd_rows_have_two_motions_and_every_fifth_row_has_a_background():
@@ -563,11 +605,11 @@ def test_a_model_blind_to_order_scores_at_most_77_83():
         backward = [data.reversed_label(label) for label in labels]
         union = sorted({*labels, *backward})
         scores = np.array(list(product(range(len(union)), repeat=len(union))))
-        precisions = 0
-        for truth in (labels, backward):
-            truth = np.tile(np.isin(union, truth), (len(scores), 1))
-            precisions += evaluate.average_precision(scores, truth)
-        best.append(precisions.max() / 2)
+        precisions = []
+        for video in (labels, backward):
+            truth = np.tile(np.isin(union, video), (len(scores), 1))
+            precisions.append(evaluate.average_precision(scores, truth))
+        best.append(np.mean(precisions, axis=0).max())
     assert round(100 * np.mean(best), 2) == 77.83
 
 
@@ -616,20 +658,21 @@ def test_videos_become_frames_and_a_list(capsys):
     write("the videos/deep/er/notes.txt", "not named as a video either\n")
     film("the videos/deep/er/one.MOV", frames=9)
     assert call("data", "extract", "--videos", "the videos", "--out", "new/the data",
-                "--split", "test") == 0
-    stderr = capsys.readouterr().err
-    assert "the videos: 1 files skipped, whose ending is not one of mp4 " in stderr
-    assert "\nvideos 2/2, " in stderr  # the progress
+                "--split", "test", "--pack") == 0
+    printed = capsys.readouterr()
+    assert "the videos: 1 files skipped, whose ending is not one of mp4 " in printed.err
+    assert "\nvideos 2/2, " in printed.err  # the progress
+    assert "why: new/the data/test_failed.txt" in printed.out
 
     out = Path("new/the data")
     assert (out / "test.txt").read_text() == "deep/er/one 9 -1\n"
     assert (out / "test_failed.txt").read_text().startswith("text\tffmpeg: ")
-    assert os.listdir(out / "frames") == ["deep"]  # no part of a failed video
+    assert list(contents(out / "frames")) == ["deep/er/one.zip"]  # no part of a failed video
 
 
 @needs_ffmpeg
 def test_a_phones_upright_video_becomes_320_pixels_wide():
-    """Its tag says how to turn it. FFmpeg 6 and later write it by one option, older ones by
+    """A tag says how to turn it. FFmpeg 6 and later write this tag by one option, older versions by
     another."""
     plain = film("plain.mp4")
     try:
@@ -640,7 +683,7 @@ def test_a_phones_upright_video_becomes_320_pixels_wide():
 
 
 @needs_ffmpeg
-def test_frames_are_30_a_second():
+def test_frames_are_30_a_second_from_the_first_picture_on():
     """A film of 0.8 seconds has 24, give or take 2: FFmpeg's versions differ. Here the sound begins
     2 seconds earlier, as in a trimmed video. The gap is not filled with copies."""
     ffmpeg("-f", "lavfi", "-i", "sine=duration=3", "-itsoffset", 2,
@@ -656,7 +699,7 @@ def test_what_is_left_of_a_damaged_video_is_kept():
     truncated(cut)
     frames, complaint = decode(cut)
     last = len(frames) - 1  # the file ends within this frame
-    assert last >= 10  # not 15: the index and the first frame are larger than what changes later
+    assert last >= 10  # not 15: this half also holds the index and the large first frame
     assert torch.equal(frames[:last], decode(whole)[0][:last])
     assert complaint.startswith("ffmpeg: ")
     assert " @ 0x" not in complaint  # an address, of no use to anybody
@@ -671,7 +714,7 @@ def test_a_video_may_change_its_size_and_pixel_format():
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("matrix", ["bt709", "smpte170m"])  # from RGB to YUV: of HD, older
+@pytest.mark.parametrize("matrix", ["bt709", "smpte170m"])  # of HD, of older videos
 def test_colours_of_hd_and_older_videos_are_kept(matrix):
     file = film("red.mkv", "-vf", f"scale=out_color_matrix={matrix}", "-pix_fmt", "yuv420p",
                 "-q:v", 1, "-colorspace", matrix, source="color=c=0xC83C28:")
@@ -770,13 +813,14 @@ def test_frames_older_than_their_video_are_decoded_again(fake_ffmpeg, once_packe
     assert extract(pack=now_packed) == (ABC, "")
     assert frames.exists() != now_packed
     assert Path("data/frames/a.zip").exists() == now_packed
+    assert data.count_frames(frames) == 2  # the old ones were three
 
 
 def test_the_same_command_again_decodes_nothing(fake_ffmpeg, capsys):
     listing = "a.mp4,x\nb.mp4,y\n"
     extract(listing, val=0.5)
     before = contents("data")
-    write("bin/ffmpeg", "#!/bin/false\n")
+    write("bin/ffmpeg", "#!/bin/false\n")  # would fail
     extract(listing, val=0.5)
     assert contents("data") == before
     stderr = capsys.readouterr().err
@@ -802,7 +846,7 @@ def test_frames_of_a_quicker_extraction_are_taken(fake_ffmpeg, monkeypatch):
 
 def test_only_old_leftovers_are_removed(fake_ffmpeg):
     """Those of the last hour may belong to a run that is at work, and do not disturb this one."""
-    # of a process with our number, in another container
+    # of a process with our number, which in containers is always the same
     young = f"data/frames/.part-train-{os.getpid()}"
     busy = "data/frames/.part-train-1"  # old, but the folder x in it is young
     old = ["data/frames/.part-train-2", "toy.part-2"]
@@ -863,17 +907,17 @@ def test_a_zip_may_lie_beside_a_folder_of_its_name(fake_ffmpeg):
 NFC, NFD = "\u00e9", "e\u0301"
 
 
-@pytest.mark.parametrize("file, text, listing, lines, failures", [
+@pytest.mark.parametrize("file, text, listing, lines, failures", [  # videos have ffmpeg's orders
     # FFmpeg is stopped, or writes no frame
     ("videos/b.mp4", "stop", None, "a 2 -1\nc 2 -1\n",
      "b\tffmpeg was stopped (status 255); run the command again\n"),
     ("videos/b.mp4", "get killed", None, "a 2 -1\nc 2 -1\n",
      "b\tffmpeg was stopped (status -9); run the command again\n"),
     ("videos/b.mp4", "write nothing", None, "a 2 -1\nc 2 -1\n", "b\tffmpeg: no frame\n"),
-    # It has a session of its own, so Ctrl-C does not reach it: it would leave half of the frames.
+    # FFmpeg runs in a session of its own. Otherwise Ctrl-C would end it with half of the frames.
     ("videos/b.mp4", "fail without a session of its own", None, ABC, ""),
     # another extraction of the same videos
-    ("videos/b.mp4", "copy the frames to their place", None, ABC, ""),
+    ("videos/b.mp4", "copy the frame to its place", None, ABC, ""),
 
     # names: a list of Windows; a backslash in a file's name; a folder of a video's name
     ("videos/run/d.mp4", "", "run\\d.mp4,0\n.\\b.mp4,0\n", "run/d 2 0\nb 2 0\n", ""),
@@ -894,14 +938,17 @@ NFC, NFD = "\u00e9", "e\u0301"
     ("videos/d.mp4", "", "a.mp4,run+jump,[run],eat/feed (one's cat)\n", "a 2 2,0,1\n", ""),
 
     # A path of another list: it may be another video of the same name, whose frames would be those
-    # of the first. A list of failures is no such list, nor is any text, nor the list that is read.
+    # of the first. No other lists are: the list that is read (data/list.txt), a list of failures, a
+    # text.
     ("data/val.txt", "a 2 0\n", "a 2 0\nb 2 0\n", "b 2 0\n",
      "a\tdata/val.txt names this path too: if it is another video, extract from a folder whose "
      "sub-folder has another name; if one video belongs in both lists, copy its line\n"),
     ("data/old_failed.txt", "a 2 0\n", "a 2 0\n", "a 2 0\n", ""),
     ("data/notes.txt", "a text\n", "a 2 0\n", "a 2 0\n", ""),
+    # without labels, a list needs no names
+    ("data/val.txt", "c 2 -1\n", "a.mp4,run\n", "a 2 0\n", ""),
 ])
-def test_extracted_lists(fake_ffmpeg, file, text, listing, lines, failures):
+def test_an_extraction_lists_videos_and_failures(fake_ffmpeg, file, text, listing, lines, failures):
     write(file, text)
     assert extract(listing) == (lines, failures)
 
@@ -920,7 +967,7 @@ def test_extracted_lists(fake_ffmpeg, file, text, listing, lines, failures):
      "data/categories.txt: another command has written it"),
     ("videos/a.mp4", "write val.txt", "a.mp4,0\nc.mp4,0\n",
      "data/val.txt: another command has written it meanwhile, and it names c too"),
-    # Otherwise every video that follows would be listed as broken. FFmpeg's status may be 0.
+    # Going on, every video that follows would be listed as broken. FFmpeg's status may be 0.
     ("videos/b.mp4", "fill the disk", "a.mp4,0\nb.mp4,0\n",
      "no space left on the disk; free some"),
 ])
@@ -944,6 +991,12 @@ def test_joined_labels_are_not_a_class(fake_ffmpeg, field):
 def test_extracted_categories_read_back_as_written(fake_ffmpeg, names):
     extract(f"a.mp4,{names}\n")
     assert data.read_categories("data") == names.split(",")
+
+
+def test_an_extraction_needs_ffmpeg(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="the program ffmpeg is missing; Debian: apt install"):
+        data.extract("videos", "data")
 
 
 # ---- extraction: --val, and what the user is told --------------------------------------------
@@ -1000,7 +1053,7 @@ def test_a_list_stays_if_nothing_was_extracted(fake_ffmpeg):
 
 
 def test_the_user_sees_the_classes_counted(fake_ffmpeg, capsys):
-    """A column that is not a label shows then, here 90."""
+    """If a column is no label, its value is the class of every video, here 90."""
     extract("a.mp4,90,3\nb.mp4,90,5\n")
     assert ("3 classes, 2.00 labels a video; most videos: 90 (2), fewest: 3 (1)"
             in capsys.readouterr().out)
@@ -1037,3 +1090,9 @@ def test_a_lost_connection_is_reported_in_one_line(monkeypatch, capsys):
     assert call("data") == 2
     assert capsys.readouterr().err == (
         "data.py: another process has ended; its own line says why\n")
+
+
+def test_an_error_in_our_code_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(data, "main", mock.Mock(side_effect=RuntimeError("a mistake")))
+    with pytest.raises(RuntimeError, match="a mistake"):
+        data.run_script(data.main)

@@ -51,7 +51,7 @@ def test_parameters_of_every_row(module, parameters):
 # The figures that the report's text gives, in its sections on training and on results.
 BOTH = dict(loss="bce", loss_scale=160, momentum=0.9, dropout=0.5, flip=True)
 IMAGE = dict(lr=0.01, schedule="step", milestones=(10, 20), weight_decay=5e-4,
-             clips=5, scales=(256,))
+             crop=224, test_crop=224, clips=5, scales=(256,))
 VIDEO = dict(lr=0.2, schedule="cosine", iterations=180_000, weight_decay=1e-4, batch=1024,
              sync_bn=True, jitter=(128, 160), crop=112, clips=10, scales=(128, 144, 160))
 
@@ -62,6 +62,12 @@ def test_settings_are_the_reports(name):
     recipe = {**train.RECIPE, **recipe}
     expected = {**BOTH, **(VIDEO if name == "slowfast" else IMAGE)}
     assert {key: recipe[key] for key in expected} == expected
+
+
+def test_colours_are_normalised_as_the_pretrained_weights_need():
+    transforms = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.transforms()
+    assert (data.RECIPE["mean"], data.RECIPE["std"]) == (
+        tuple(transforms.mean), tuple(transforms.std))
 
 
 @pytest.mark.parametrize("module", MODELS)

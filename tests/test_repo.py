@@ -1,4 +1,4 @@
-"""What can be checked of README: which files need which, its tables, its flags, and its commands and
+"""What can be checked of README: which files need which, its tables and flags, and its commands and
 code, run in small. The whole report runs too: on the toy by laptop.sh, on films by real.sh.
 
     python -m pytest tests/test_repo.py
