@@ -1,5 +1,5 @@
-"""Takes the place of ffmpeg in test_data.py: it writes a frame, does what the video's text says,
-and then, unless that has ended it, writes a second one."""
+"""Takes the place of ffmpeg in test_data.py. It writes two frames. A video's text may tell it to do
+something after the first one, or to write nothing."""
 import os
 import shutil
 import signal
@@ -16,14 +16,14 @@ if text == "write nothing":
 Path("img_00001.jpg").touch()
 if text == "get killed":
     os.kill(os.getpid(), signal.SIGKILL)
-elif text == "stop":
-    sys.exit(255)  # ffmpeg's status if it was asked to end
+elif text == "end as if interrupted":
+    sys.exit(255)  # ffmpeg's status then
 elif text == "fail":
     sys.exit(1)
 elif text == "fail without a session of its own":
     if os.getsid(0) != os.getpid():
         sys.exit(1)
-elif text == "fill the disk":
+elif text == "report a full disk":
     print("av_interleaved_write_frame(): No space left on device", file=sys.stderr)
     sys.exit(0)
 elif text == "kill the parent":

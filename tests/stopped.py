@@ -4,7 +4,7 @@
     python stopped.py SIGKILL torch.save 2 fork 0 train.py --model tin
 
 START: how the loader's workers are started. If the call is one of torch.save, half of a checkpoint
-is written first.
+is written first. Under torchrun this happens in the first two starts; the third runs to its end.
 """
 import importlib
 import itertools
@@ -17,7 +17,7 @@ import sys
 sys.path[0] = os.getcwd()  # the scripts of the current folder
 
 
-def stop_in(place, nth_call, signal_name):
+def signal_in_nth_call(place, nth_call, signal_name):
     """Replace a function by one that sends the signal in its nth call."""
     module_name, _, name = place.rpartition(".")
     module = importlib.import_module(module_name)
@@ -26,7 +26,7 @@ def stop_in(place, nth_call, signal_name):
 
     def stopping(*arguments, **options):
         if next(calls) == nth_call:
-            if name == "save":
+            if place == "torch.save":
                 arguments[1].write_bytes(b"half of a checkpoint")
             os.kill(0, signal.Signals[signal_name])  # 0: the group of this process
         return function(*arguments, **options)
@@ -42,9 +42,8 @@ if __name__ == "__main__":
         os.setpgrp()
     # A shell that starts pytest in the background makes it ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # under torchrun: killed in the first two of three starts
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if restarts < 2 and rank == os.environ.get("RANK", "0"):
-        stop_in(place, int(nth_call), signal_name)
+        signal_in_nth_call(place, int(nth_call), signal_name)
     sys.argv = command
     runpy.run_path(sys.argv[0], run_name="__main__")

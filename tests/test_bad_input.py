@@ -1,7 +1,7 @@
-"""Bad input to any command gives one line on stderr, below a line of usage if argparse objects, and
-exit status 2. The line names the file, the list line or the flag, and says what is wanted; some
-lines are Python's, PyTorch's or FFmpeg's own. There is no traceback, and no file is left behind.
-What only looks bad, such as a space in a path, works.
+"""Bad input to any command gives one line on stderr (beside lines of progress, and a line of usage
+if argparse objects) and exit status 2. The line names the file, the list line or the flag, and says
+what is wanted; some lines are Python's, PyTorch's or FFmpeg's own. There is no traceback, and no
+file is left behind. What only looks bad, such as a space in a path, works.
 
     python -m pytest tests/test_bad_input.py
 
@@ -61,8 +61,8 @@ TABLE = [  # (command, part of the line on stderr)
     ("train --model tsn --data gone", "gone/train.txt: missing; python data.py extract --out gone"),
     ("train --model tsn --data no-labels", "no-labels/train.txt: no video has a label"),
     ("train --model tsn --data no-val-labels", "no-val-labels/val.txt: no video has a label"),
-    # A run makes its folder before its first step, and leaves it there, empty. So that nothing new
-    # is left here, these runs get `begun`, an empty folder.
+    # These runs fail in their first step, when their folder is made already. It stays, empty. So
+    # they get one that was there before, `begun`.
     ("train --model tsn --data lost --recipe toy --batch 1 --workers 0 --out begun",
      "lost/train.txt:1: lost/frames/train/gone/img_"),  # then any frame's number
     ("train --model tsn --loss ce",
@@ -70,9 +70,9 @@ TABLE = [  # (command, part of the line on stderr)
 
     # train.py: flags. Of those that argparse checks, one of each kind.
     ("train --model tsn --no-such-flag 1", "unrecognized arguments: --no-such-flag 1"),
-    ("train --model tsn --workers -1", "argument --workers: -1: at least 0"),  # not in RECIPE
+    ("train --model tsn --workers -1", "argument --workers: -1: at least 0"),  # no key of a recipe
     ("train --model tsn --frames 0", "argument --frames: 0: at least 1"),      # an integer
-    ("train --model tsn --lr nan", "argument --lr: nan: at least 0"),          # a fraction
+    ("train --model tsn --lr nan", "argument --lr: nan: at least 0"),          # a decimal number
     ("train --model tsn --loss hinge", "argument --loss: invalid choice: 'hinge'"),
     ("train --model tsn --mean 0.5 0.5", "argument --mean: expected 3 arguments"),
     # from here on, train.py's own checks
@@ -181,14 +181,14 @@ TABLE = [  # (command, part of the line on stderr)
 CASES = []
 for command, expected in TABLE:
     marks = []
-    if "extract" in command or "--video" in command.split():  # not --videos
+    if "extract" in command or command.endswith("--video videos/text.mp4"):
         marks.append(needs_ffmpeg)
     CASES.append(pytest.param(command, expected, marks=marks, id=command))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The working folder, with all that the commands name."""
+    """Make a folder with all that the commands name, and work in it."""
     home = os.getcwd()
     folder = tmp_path_factory.mktemp("bad input")  # with a space, on purpose
     os.chdir(folder)
@@ -216,8 +216,8 @@ def folder(tmp_path_factory):
     toy_with("reordered", train=reversed(Path("runs/toy/train.txt").read_text().splitlines()))
     write("no-lists/categories.txt", "a class\n")
 
-    # In "short" a video has the path "train/00000 24 1", which looks like a list line, 2 frames,
-    # fewer than the 8 segments, and the label 3.
+    # "short" lists one video. Its path, "train/00000 24 1", itself looks like a list line; then
+    # come 2 frames, fewer than the 8 segments, and the label 3.
     toy_with("short", val=["train/00000 24 1 2 3"])
     os.remove("short/frames")  # the link
     shutil.copytree("runs/toy/frames/train/00000", "short/frames/train/00000 24 1")

@@ -199,7 +199,7 @@ def test_clips_start_evenly_over_the_video():
 
 def test_a_training_clip_starts_anywhere():
     """The last start is 8 - 3 * 2 = 2, as the gap after the last frame counts. The authors' code
-    never draws it."""
+    never draws this start."""
     recipe = {"sampling": "clip", "frames": 3, "stride": 2}
     rng = default_rng(0)
     assert {data.sample_indices(8, recipe, rng)[0] for _ in range(200)} == {0, 1, 2}
@@ -542,9 +542,9 @@ def test_the_toy_is_a_data_folder(toy):
 
 
 def test_a_label_says_where_the_shape_moves():
-    """Even rows have one shape. On each axis it moves 1.2 to 1.6 pixels a frame, about 4 in three
-    frames, and returns at the opposite edge, so np.roll by 4 pixels lays it on itself. Played
-    backwards, the video has the reversed label."""
+    """Even rows have one shape. Along each axis that its label names it moves 1.2 to 1.6 pixels a
+    frame, about 4 in three frames, and returns at the opposite edge, so np.roll by 4 pixels lays it
+    on itself. Played backwards, the video has the reversed label."""
     for row in range(0, 80, 2):
         video, labels = data.draw_video(row, default_rng([0, row]))
         background = np.median(video, axis=0)  # a shape covers a pixel in few frames
@@ -739,7 +739,7 @@ def fake_ffmpeg(tmp_path, monkeypatch):
 
 
 def extract(listing=None, **options):
-    """Extract the videos into the folder data, one after another -> the text of the list, and of
+    """Extract the videos into the folder data, one after another -> the text of train.txt, and of
     the list of failures. listing: the text of a list that names the videos; None: all."""
     if listing:
         options["list_path"] = write("data/list.txt", listing)
@@ -747,8 +747,8 @@ def extract(listing=None, **options):
     return Path("data/train.txt").read_text(), Path("data/train_failed.txt").read_text()
 
 
-def frames_of(path):
-    """Three frames of an earlier extraction (a new one writes two) -> their folder."""
+def put_old_frames(path):
+    """Write three frames, as of an earlier extraction (a new one writes two) -> their folder."""
     return write_frames(f"data/frames/{path}", noise(0, 3, 4, 4, 3))
 
 
@@ -776,11 +776,11 @@ def test_a_killed_extraction_goes_on(fake_ffmpeg, capsys):
 
 def test_a_second_run_keeps_what_is_whole(fake_ffmpeg):
     # a: a zip, whose video is gone
-    data.pack_folder(frames_of("a"))
+    data.pack_folder(put_old_frames("a"))
     os.unlink("videos/a.mp4")
 
-    # b: a folder, whose video is a link to nowhere; it comes before the zip beside it
-    write(frames_of("b") / "notes.txt", "not a frame, and not counted\n")
+    # b: a folder, whose video is a link to nowhere; it counts, not the broken zip beside it
+    write(put_old_frames("b") / "notes.txt", "not a frame, and not counted\n")
     write("data/frames/b.zip", "")
     os.unlink("videos/b.mp4")
     os.symlink("gone", "videos/b.mp4")
@@ -797,7 +797,7 @@ def test_a_second_run_keeps_what_is_whole(fake_ffmpeg):
 @pytest.mark.parametrize("now_packed", [False, True])
 @pytest.mark.parametrize("once_packed", [False, True])
 def test_frames_older_than_their_video_are_decoded_again(fake_ffmpeg, once_packed, now_packed):
-    frames = frames_of("a")
+    frames = put_old_frames("a")
     if once_packed:
         data.pack_folder(frames)
     old = contents("data")
@@ -830,14 +830,16 @@ def test_the_same_command_again_decodes_nothing(fake_ffmpeg, capsys):
 
 def test_zips_of_equal_frames_are_equal():
     """The files' dates do not matter."""
-    old = frames_of("old")
+    old = put_old_frames("old")
     make_old(old / "img_00003.jpg")
-    assert data.pack_folder(old).read_bytes() == data.pack_folder(frames_of("new")).read_bytes()
+    new = put_old_frames("new")
+    assert data.pack_folder(old).read_bytes() == data.pack_folder(new).read_bytes()
 
 
 def test_frames_of_a_quicker_extraction_are_taken(fake_ffmpeg, monkeypatch):
+    """The move to the final place fails, because the other one was first."""
     def put_frames(folder, final, pack):
-        frames_of(final.name)
+        put_old_frames(final.name)
         raise OSError("Directory not empty")
 
     monkeypatch.setattr(data, "put_frames", put_frames)
@@ -845,8 +847,9 @@ def test_frames_of_a_quicker_extraction_are_taken(fake_ffmpeg, monkeypatch):
 
 
 def test_only_old_leftovers_are_removed(fake_ffmpeg):
-    """Those of the last hour may belong to a run that is at work, and do not disturb this one."""
-    # of a process with our number, which in containers is always the same
+    """Leftovers older than an hour. Others may belong to a run that is at work, and do not disturb
+    this one."""
+    # In containers the number of the process is always the same, so names hold random bytes too.
     young = f"data/frames/.part-train-{os.getpid()}"
     busy = "data/frames/.part-train-1"  # old, but the folder x in it is young
     old = ["data/frames/.part-train-2", "toy.part-2"]
@@ -907,9 +910,12 @@ def test_a_zip_may_lie_beside_a_folder_of_its_name(fake_ffmpeg):
 NFC, NFD = "\u00e9", "e\u0301"
 
 
-@pytest.mark.parametrize("file, text, listing, lines, failures", [  # videos have ffmpeg's orders
-    # FFmpeg is stopped, or writes no frame
-    ("videos/b.mp4", "stop", None, "a 2 -1\nc 2 -1\n",
+# Each row: one file that is written first (a video's text tells fake_ffmpeg.py what to do), the
+# list that names the videos, and what the two lists of the result hold. "videos/d.mp4", "" is an
+# ordinary video; where the list does not name it, it plays no part.
+@pytest.mark.parametrize("file, text, listing, lines, failures", [
+    # FFmpeg is stopped, or writes no frame.
+    ("videos/b.mp4", "end as if interrupted", None, "a 2 -1\nc 2 -1\n",
      "b\tffmpeg was stopped (status 255); run the command again\n"),
     ("videos/b.mp4", "get killed", None, "a 2 -1\nc 2 -1\n",
      "b\tffmpeg was stopped (status -9); run the command again\n"),
@@ -937,12 +943,12 @@ NFC, NFD = "\u00e9", "e\u0301"
     # brackets and other signs; sorted, [run] is first
     ("videos/d.mp4", "", "a.mp4,run+jump,[run],eat/feed (one's cat)\n", "a 2 2,0,1\n", ""),
 
-    # A path of another list: it may be another video of the same name, whose frames would be those
-    # of the first. No other lists are: the list that is read (data/list.txt), a list of failures, a
-    # text.
+    # Another list names a too. It may be another video of the same name, which would then get the
+    # frames of the first one, so it fails.
     ("data/val.txt", "a 2 0\n", "a 2 0\nb 2 0\n", "b 2 0\n",
      "a\tdata/val.txt names this path too: if it is another video, extract from a folder whose "
      "sub-folder has another name; if one video belongs in both lists, copy its line\n"),
+    # Not such lists: a list of failures, a text, and data/list.txt, the list that is read.
     ("data/old_failed.txt", "a 2 0\n", "a 2 0\n", "a 2 0\n", ""),
     ("data/notes.txt", "a text\n", "a 2 0\n", "a 2 0\n", ""),
     # without labels, a list needs no names
@@ -967,8 +973,8 @@ def test_an_extraction_lists_videos_and_failures(fake_ffmpeg, file, text, listin
      "data/categories.txt: another command has written it"),
     ("videos/a.mp4", "write val.txt", "a.mp4,0\nc.mp4,0\n",
      "data/val.txt: another command has written it meanwhile, and it names c too"),
-    # Going on, every video that follows would be listed as broken. FFmpeg's status may be 0.
-    ("videos/b.mp4", "fill the disk", "a.mp4,0\nb.mp4,0\n",
+    # Otherwise the extraction would list every later video as broken. FFmpeg's status may be 0.
+    ("videos/b.mp4", "report a full disk", "a.mp4,0\nb.mp4,0\n",
      "no space left on the disk; free some"),
 ])
 def test_an_extraction_is_refused(fake_ffmpeg, file, text, listing, reason):
@@ -1053,7 +1059,7 @@ def test_a_list_stays_if_nothing_was_extracted(fake_ffmpeg):
 
 
 def test_the_user_sees_the_classes_counted(fake_ffmpeg, capsys):
-    """If a column is no label, its value is the class of every video, here 90."""
+    """A column that holds no label, here the number of frames, shows as a class of every video."""
     extract("a.mp4,90,3\nb.mp4,90,5\n")
     assert ("3 classes, 2.00 labels a video; most videos: 90 (2), fewest: 3 (1)"
             in capsys.readouterr().out)

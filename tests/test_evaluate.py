@@ -35,7 +35,7 @@ METRICS = np.load(ROOT / "tests" / "golden" / "metrics.npz")
 
 @pytest.fixture(scope="module", autouse=True)
 def checkpoint(tmp_path_factory):
-    """All tests work in one folder. It has toy videos, a list of three of them, and tsn.pt: what
+    """All tests begin in one folder. It has toy videos, a list of three of them, and tsn.pt: what
     evaluate.py reads of a checkpoint, with drawn weights. The fixture is its content."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("evaluate"))
@@ -86,11 +86,11 @@ def test_the_metric_refuses(scores, labels, message):
 # ---- the views of a video ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("right, down, crops, places", [
-    (32, 116, "3", [(16, 0), (16, 116), (16, 58)]),  # start, end and centre of the long side
+    (32, 116, "3", [(16, 0), (16, 116), (16, 58)]),  # start, end, centre
     (59, 57, "1", [(30, 28)]),  # 29.5 and 28.5, rounded to even as in torchvision
 ])
-def test_crops_lie_here(right, down, crops, places):
-    """right, down: how far a crop can move in a frame."""
+def test_three_crops_lie_along_the_long_side_and_one_in_the_centre(right, down, crops, places):
+    """right, down: how far a crop can move in a frame. A place is (x, y) of its top left corner."""
     assert evaluate.crop_places(right, down, crops, None) == places
 
 
@@ -137,8 +137,10 @@ def test_views_by_hand(painted_frames, protocol, recipe, frames, corners, sides)
     views = evaluate.make_views("folder", 40, "a name", recipe, protocol)
     for scale, side in zip(views, sides, strict=True):
         assert scale.shape[2:] == (side, side, 3)
-        assert scale[:, :, 0, 0, 0].tolist() == frames
-    assert views[0][:, 0, 0, 0, 1:].tolist() == corners
+        top_left = scale[:, :, 0, 0]  # (V, T, 3): frame index, y, x
+        assert top_left[:, :, 0].tolist() == frames
+    top_left = views[0][:, 0, 0, 0]  # (V, 3): of each view's first frame
+    assert top_left[:, 1:].tolist() == corners
     assert views[0].dtype == torch.uint8
     assert evaluate.count_views(protocol) == len(frames) * len(sides)
     [indices] = painted_frames
@@ -218,7 +220,8 @@ THREE = "--split three --workers 0"
 
 @pytest.fixture
 def score(run):
-    """score(flags) -> (what the score file of the three videos holds, lines on stdout)."""
+    """score(flags) -> (what the score file holds, lines on stdout). The list is three.txt, unless
+    the flags have another --split."""
     def score_three(flags):
         status, lines, err = run(f"{THREE} --out scores.npz {flags}")
         assert status == 0, err
@@ -260,7 +263,8 @@ def evaluate_as(rank, port):
 
 
 def test_four_processes_score_three_videos_as_one(score, capfd):
-    """Each gets all scores. Only the first prints; it scores one video."""
+    """Each gets all scores. The mAP is printed once, and so is the progress of the first, which
+    scores one video."""
     expected, _ = score("--checkpoint tsn.pt --device cpu")
     # forked processes need not import torch again
     torch.multiprocessing.start_processes(evaluate_as, (free_port(),), 4, start_method="fork")
@@ -291,8 +295,10 @@ def test_the_printed_figures_by_hand(capsys):
     labels[4] = 0
     evaluate.print_metrics(scores, labels)
     class_line, unlabelled_line, map_line = capsys.readouterr().out.splitlines()
-    # A class ranks videos. Class 0 has one of three equals, and two of all five, (1/3 + 2/5) / 2;
-    # classes 4 and 5 have one of three equals, 1/3. Classes that no video has do not count.
+    # A class ranks the videos by its column of scores. Three are equal at the top: one of them has
+    # class 0, one class 4, one class 5, so each class has AP 1/3. Down to the fourth video, which
+    # has class 0 and ties with the fifth, 2 of 5 have it: (1/3 + 2/5) / 2. Other classes do not
+    # count.
     assert class_line == "class-level mAP 34.44, top-1 hit rate 50.00, top-5 75.00"
     assert "1 of 5 videos have no label" in unlabelled_line
     assert "mAP of the others 37.74" in unlabelled_line  # (1 + 1/5 + 1/6 + 1/7) / 4

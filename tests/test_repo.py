@@ -42,7 +42,7 @@ data evaluate ensemble
 
 
 def test_a_file_needs_these_others_and_downloads_nothing(tmp_path):
-    """A line a file: itself and what it imports. Nothing else is printed."""
+    """For each of them a line: which of them are loaded after it. Nothing else is printed."""
     run = python(ROOT / "tests" / "alone.py", *MODELS, "data", "evaluate", "train", "ensemble",
                  PYTHONPATH=ROOT, TORCH_HOME=tmp_path)
     assert (run.returncode, run.stdout, run.stderr) == (0, IMPORTS, "")
@@ -122,8 +122,8 @@ PYSLOWFAST = "--fusion-norm --fc-bias --slow-index linspace"
     (f"--model slowfast --variant slowfast_4x16 --depth 50 {PYSLOWFAST}",
      "slowfast_pyslowfast_4x16_r50"),
 ])
-def test_the_flags_of_public_weights_are_their_options(flags, cases, monkeypatch):
-    """The model files name the same flags, in comments that nothing reads."""
+def test_these_flags_build_the_network_of_a_public_file(flags, cases, monkeypatch):
+    """The flags that the model files' comments name, copied by hand. cases: in tests/golden."""
     recipe = parsed(f"--data DATA {flags}", monkeypatch).recipe
     for case in cases.split():
         options = golden_options(case)
@@ -185,12 +185,12 @@ def draw_films(folder, count):
     return lines
 
 
-def test_the_first_command(newcomer):
+def test_the_first_command_runs(newcomer):
     run_block("requirements.txt && torchrun train.py")
 
 
 @needs_ffmpeg
-def test_your_own_videos(newcomer):
+def test_the_commands_for_your_own_videos_run(newcomer):
     write("labels.csv", "".join(draw_films("VIDEOS", 12)))
     draw_film("new.mp4")
     run_block("labels.csv")
@@ -200,21 +200,21 @@ def test_your_own_videos(newcomer):
 @needs_ffmpeg
 def test_a_toy_video_is_labelled(newcomer):
     run("train", "--model", "tin")
-    os.symlink("00008", "runs/toy/frames/val/01200")  # which only the whole toy has
-    join, label = block("bash", "toy.mp4").splitlines()
-    subprocess.run(shlex.split(join), check=True)
-    run("evaluate", *label.split()[2:])
+    os.symlink("00008", "runs/toy/frames/val/01200")  # README's is not in this small toy
+    make_video, label_it = block("bash", "toy.mp4").splitlines()
+    subprocess.run(shlex.split(make_video), check=True)
+    run("evaluate", *label_it.split()[2:])
 
 
 @needs_ffmpeg
-def test_mmit_itself(newcomer):
+def test_the_commands_for_mmit_run(newcomer):
     lines = draw_films("videos", 6)
     write("trainingSet.csv", "".join(lines[:4]))
     write("validationSet.csv", "".join(lines[4:]))
     run_block("trainingSet.csv")
 
 
-def test_public_weights(newcomer):
+def test_public_weights_are_evaluated(newcomer):
     shutil.copytree("runs/toy", "DATA")
     torch.save(golden("tin_xtemporal_r50_t8").checkpoint, "tin_r50_8f_mmit.pth.tar")
     run_block("tin_r50_8f_mmit.pth.tar")
@@ -252,8 +252,8 @@ def test_a_checkpoint_is_carried_away_and_exported(newcomer, monkeypatch):
 # ---- the whole report --------------------------------------------------------------------------
 
 def recorded(folder, script, *arguments, **environ):
-    """The commands of one of our shell scripts, [[file, argument ...], ...]. None is run: in place
-    of python and torchrun are programs that print their arguments."""
+    """The commands that one of our shell scripts would run, [[file, argument, ...], ...]. Its
+    python and torchrun are replaced by programs that only print their arguments."""
     for name in ("python", "torchrun"):
         write(folder / name, '#!/bin/sh\necho "$*"\n').chmod(0o755)
     environ["PATH"] = f"{folder}:{os.environ['PATH']}"
@@ -263,16 +263,16 @@ def recorded(folder, script, *arguments, **environ):
 
 
 def run_report(folder, script, *arguments, **environ):
-    """Run its commands in this process -> the files that the same script would run again."""
+    """Run these commands in this process -> the files that the same script would run next time."""
     for file, *flags in recorded(folder, script, *arguments, **environ):
         assert call(Path(file).stem, *flags) == 0
     return [command[0] for command in recorded(folder, script, *arguments, **environ)]
 
 
-def test_the_report_on_a_laptop(newcomer, capsys):
+def test_laptop_sh_runs_and_goes_on_where_it_stopped(newcomer, capsys):
     again = run_report(newcomer, "laptop.sh", "out", DATA="runs/toy", FLAGS=(
         "--epochs 1 --batch 8 --clips 1 --crops 1 --workers 0 --device cpu"))
-    # Seven networks go on with --resume, two ensembles are made; nothing is evaluated twice.
+    # All seven are called with --resume, two ensembles are made, and nothing is evaluated twice.
     assert again == 7 * ["train.py"] + 2 * ["ensemble.py"] + ["tests/tables.py"]
     printed = capsys.readouterr().out
     assert re.search(r"\| `r50_8f` \| 59.85 \| \d+\.\d\d \| \d+\.\d\d \|", printed)
@@ -280,7 +280,7 @@ def test_the_report_on_a_laptop(newcomer, capsys):
 
 
 @needs_ffmpeg
-def test_the_report_on_films(tmp_path, capsys):
+def test_real_sh_runs_and_goes_on_where_it_stopped(tmp_path, capsys):
     """Two networks on ten drawn films, in the folders of the tank's authors."""
     for split, count in [("train", 6), ("val", 4)]:
         lines = ["fname,label,place,location,camera_id,comment"]
@@ -300,10 +300,13 @@ def test_the_report_on_films(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "\n0 problems\n" in printed
 
-    # Of the actions, two are in two training films and two in one, and each validates once: AP 1/2,
-    # 1/2, 1/4, 1/4, and the first of two equals is right once. Both places tie, and so do both
-    # locations. They are in three films each: with all labels AP is (2/4 + 2/4 + 3/6 or 3/8) / 3.
-    assert "| labels' frequencies | 47.92 | 37.50 | 25.00 | 50.00 | 50.00 | 50.00 |" in printed
+    # A label's score is its number of training films: of the four actions 2, 2, 1 and 1, of both
+    # places 3, of both locations 3. Each of the four films of validation has another action.
+    #   all labels  place and location are two of the four labels at 3: 2/4 each; the action is the
+    #               third right one of six or of eight: 3/6 or 3/8. The mean is 47.92.
+    #   actions     one of two equals, 1/2, or of four, 1/4; first is always the same: 1 film of 4
+    #   places      one of two equals, 1/2; first is always the same: 2 films of 4; so locations
+    assert "| labels' frequencies | 47.92 | 37.50 | 25.00 " + 4 * "| 50.00 " + "|\n" in printed
     [figures] = re.findall(r"\| tsn-clip \|(.*)", printed)
     assert f"| tsn-shuffled |{figures}" in printed  # TSN cannot tell
     assert "| all-fitted |" in printed

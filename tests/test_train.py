@@ -1,5 +1,5 @@
-"""The losses are the golden ones, the learning rates those of the report, and a run that is killed
-and resumed is the uninterrupted run, bit for bit.
+"""The losses and learning rates are those of the report's formulas, a run takes the steps of its
+recipe, and one that is killed and resumed is the uninterrupted run, bit for bit.
 
     python -m pytest tests/test_train.py
 
@@ -40,7 +40,7 @@ from conftest import ROOT, call, close, fill, free_port, python, scripts_with_ti
 STOPPED = ROOT / "tests" / "stopped.py"
 ctrl_c = Mock(side_effect=KeyboardInterrupt)
 
-# The last four are not the defaults.
+# The last four are not the defaults, so that a run that ignored one would be noticed.
 RUN = ("--model tiny --data toy --device cpu --workers 0 --save-every 3 "
        "--warmup 3 --clip-grad 0.5 --class-weight sqrt")
 
@@ -155,7 +155,7 @@ def test_scaling_the_loss_is_not_scaling_the_learning_rate():
     assert weight_after_a_step(1, 160 * 0.001, 0.05 / 160) == pytest.approx(loss_scaled)
     assert weight_after_a_step(1, 160 * 0.001, 0.05) != pytest.approx(loss_scaled)
 
-    # Clipping does not reach the gradient of the plain loss.
+    # The gradient of the scaled loss, 117, is clipped. That of the plain one, 0.73, would not be.
     clipped = weight_after_a_step(160, 0.001, 0.05, max_norm=20)
     assert clipped != pytest.approx(loss_scaled)
 
@@ -213,7 +213,7 @@ NO_KEY = "$"  # a pattern that matches no key
 
 
 @pytest.fixture(scope="module")
-def trained():
+def drawn_tin():
     """The drawn tensors of a TIN: none has its initial value. 166 are read, 64 of them of
     `interlace` and 2 of `fc`; batch norm's num_batches_tracked is not counted."""
     return fill(tin.build(TIN_RECIPE, 10)).state_dict()
@@ -232,8 +232,8 @@ def load_into_tin(tensors, kept=NO_KEY, categories=CLASSES, config=OURS, **value
     return message
 
 
-def test_init_takes_our_own_checkpoint_whole(trained):
-    assert load_into_tin(trained) == "init init.pt: 166 of 166 tensors read"
+def test_init_takes_our_own_checkpoint_whole(drawn_tin):
+    assert load_into_tin(drawn_tin) == "init init.pt: 166 of 166 tensors read"
 
 
 @pytest.mark.parametrize("origin", [tsn, tsm])
@@ -249,14 +249,14 @@ def test_init_starts_tin_from_tsn_and_tsm_of_other_classes(origin):
         "interlace.layer1.0.offset_conv.weight is not in the file\n  and 63 others")
 
 
-def test_init_does_not_read_a_classifier_of_other_classes(trained):
+def test_init_does_not_read_a_classifier_of_other_classes(drawn_tin):
     """Where its size fits, only the names tell that its rows mean other classes."""
-    message = load_into_tin(trained, "fc", CLASSES[::-1])
+    message = load_into_tin(drawn_tin, "fc", CLASSES[::-1])
     assert "keeps its initial value: fc.weight is for other classes in the file\n" in message
 
 
-def test_init_does_not_read_layers_over_other_frames(trained):
-    message = load_into_tin(trained, r".*offset_(fc1\.(weight|bias)|fc2\.weight)", frames=8)
+def test_init_does_not_read_layers_over_other_frames(drawn_tin):
+    message = load_into_tin(drawn_tin, r".*offset_(fc1\.(weight|bias)|fc2\.weight)", frames=8)
     assert "interlace.layer1.0.offset_fc1.bias is (4,) in the file, (8,) in the network" in message
     assert message.endswith(": frames 4 there, 8 here")
 
@@ -269,8 +269,8 @@ def test_init_does_not_read_layers_over_other_frames(trained):
     # the backbone: 64 + 2 of 166 tensors are left, fewer than 40 %
     ("backbone", "resnet18", "only 66 of 166 tensors fit; for example, backbone.conv1.weight is"),
 ])
-def test_init_refuses_a_file_that_does_not_fit(trained, removed, backbone, words):
-    tensors = {key: trained[key] for key in trained if not re.match(removed, key)}
+def test_init_refuses_a_file_that_does_not_fit(drawn_tin, removed, backbone, words):
+    tensors = {key: drawn_tin[key] for key in drawn_tin if not re.match(removed, key)}
     with pytest.raises(ValueError, match=f"^--init init.pt: .*{re.escape(words)}"):
         load_into_tin(tensors, backbone=backbone)
 
@@ -309,7 +309,8 @@ def read_log(folder):
 
 
 def contents(folder):
-    """All that a run has left, apart from what a clock says. Texts, so that == compares all."""
+    """All that a run has left, apart from what a clock says. As a text, because == of dicts that
+    hold tensors is an error."""
     log = read_log(folder)
     for line in log:
         line.pop("clips_per_s", None)
@@ -327,10 +328,11 @@ def close_weights(folder, expected, tolerance):
 
 
 @pytest.fixture(scope="module")
-def as_on_windows(folder, tmp_path_factory):
-    """The folder of a run by default settings, in another folder, without what Windows lacks."""
+def default_run(folder, tmp_path_factory):
+    """The folder of a run by default settings but --workers 0, started in another folder, where
+    Python lacks what Windows lacks."""
     working = tmp_path_factory.mktemp("windows")
-    write(working / "sitecustomize.py",  # Python begins with it
+    write(working / "sitecustomize.py",  # Python imports it when it starts
           "import os, sys\n"
           "sys.modules['resource'] = sys.modules['fcntl'] = None\n"
           "del os.setpgrp, os.getpgrp, os.killpg, os.fork\n")
@@ -340,34 +342,35 @@ def as_on_windows(folder, tmp_path_factory):
     return working / "runs" / "tiny"
 
 
-def test_a_log_has_a_line_of_steps_and_one_of_the_validation_for_every_epoch(as_on_windows):
-    log = read_log(as_on_windows)
+def test_a_log_has_a_line_of_steps_and_one_of_the_validation_for_every_epoch(default_run):
+    log = read_log(default_run)
     assert set(log[0]) == {"epoch", "step", "loss", "lr", "grad_norm", "clips_per_s", "data_share"}
     assert set(log[1]) == {"epoch", "step", "val_map"}
     assert [line["step"] for line in log] == [4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24]
 
 
-def test_a_run_leaves_its_last_and_its_best_state(as_on_windows):
-    last = read(as_on_windows)
+def test_a_run_leaves_its_last_and_its_best_state(default_run):
+    last = read(default_run)
     assert set(last) == {"model", "optimizer", "scaler", "epoch", "iteration", "validated",
                          "best_map", "best_epoch", "config", "class_counts"}
     assert (last["epoch"], last["iteration"], last["validated"]) == (6, 24, 24)
-    best_map = max(line["val_map"] for line in read_log(as_on_windows)[1::2])
-    assert last["best_map"] == read(as_on_windows, "best.pt")["best_map"] == best_map
-    assert sorted(os.listdir(as_on_windows)) == ["best.pt", "last.pt", "log.jsonl"]
+    best_map = max(line["val_map"] for line in read_log(default_run)[1::2])
+    assert last["best_map"] == read(default_run, "best.pt")["best_map"] == best_map
+    assert sorted(os.listdir(default_run)) == ["best.pt", "last.pt", "log.jsonl"]
 
 
 def test_a_run_may_end_within_an_epoch(monkeypatch):
-    """The last two of 10 steps are validated too. Here every second step is logged."""
+    """The last two of 10 steps, half an epoch, are followed by a validation too. Here every second
+    step is logged."""
     monkeypatch.setattr(train, "LOG_EVERY", 2)
     assert train_tiny("within", "--iterations 10 --save-every 100") == 0
     assert [line["step"] for line in read_log("within")] == [2, 4, 4, 6, 8, 8, 10, 10]
 
 
-def check_by_hand(folder, processes, max_norm):
-    """The run of this folder has the weights and the log of the same steps, taken here one after
-    another: each process has its share of the batch and its own dropout, and all step by the mean
-    gradient. (What gives the batches, seeds, rates and losses is tested above.)"""
+def check_beside_a_plain_loop(folder, processes, max_norm):
+    """The run in this folder has the weights and the log of a plain loop over the same steps: for
+    each process its share of the batch and its own dropout; the step is by the mean gradient. (What
+    gives the batches, seeds, rates and losses is tested above.)"""
     import tiny
     recipe = read(folder)["config"]["recipe"]
     videos = data.VideoList("toy", "train")
@@ -390,7 +393,7 @@ def check_by_hand(folder, processes, max_norm):
                 running = copy.deepcopy(running)
             torch.manual_seed(train.step_seed(0, step, rank))
             logits = torch.func.functional_call(net, running, frames[rank::processes])
-            # the toy's loss scale: 10 classes / about 1.7 labels
+            # not from the recipe: the toy's loss scale, 10 classes / about 1.7 labels
             loss = train.scaled_bce(logits, labels[rank::processes], 10 / 1.7, weight)
             losses.append(loss.item())
             (loss / processes).backward()
@@ -409,7 +412,7 @@ def check_by_hand(folder, processes, max_norm):
 
 
 def test_a_run_takes_the_steps_of_its_recipe(uninterrupted):
-    check_by_hand(uninterrupted, processes=1, max_norm=0.5)
+    check_beside_a_plain_loop(uninterrupted, processes=1, max_norm=0.5)
 
 
 def test_the_best_epoch_is_the_latest_of_equals(monkeypatch):
@@ -530,10 +533,10 @@ def test_processes_need_enough_videos_and_equal_shares(processes, words):
 # ---- stopped and resumed
 
 
-def stop(signal_name, function, call, start, workers):
-    """Go on with the run in "stopped", until a signal comes in the n-th call of a function. start:
-    how the workers are started."""
-    command = f"{signal_name} {function} {call} {start} 0 train.py {RUN} --out stopped --resume"
+def stop(signal_name, function, nth_call, start, workers):
+    """Start the run in "stopped", or go on with it, until a signal comes in the n-th call of a
+    function. start: how the workers are started."""
+    command = f"{signal_name} {function} {nth_call} {start} 0 train.py {RUN} --out stopped --resume"
     run = python(STOPPED, *command.split(), "--workers", workers)
     with open("stopped/log.jsonl", "a") as file:
         file.write('{"epoch": 3, "st')  # as a kill in mid-line leaves it
@@ -542,19 +545,19 @@ def stop(signal_name, function, call, start, workers):
 
 def test_stopped_and_resumed_is_uninterrupted(uninterrupted):
     """Each start goes on from what the one before has left."""
-    run = stop("SIGINT", "torch.nn.utils.clip_grad_norm_", call=4, start="spawn", workers=1)
+    run = stop("SIGINT", "torch.nn.utils.clip_grad_norm_", nth_call=4, start="spawn", workers=1)
     assert run.returncode == 130
     assert run.stderr == (
         "train.py: stopped; the same command with --resume goes on from OUT/last.pt\n")
     assert read("stopped")["iteration"] == 3  # by --save-every 3
 
     # in the validation after step 8
-    run = stop("SIGTERM", "evaluate.score_views", call=2, start="fork", workers=2)
+    run = stop("SIGTERM", "evaluate.score_views", nth_call=2, start="fork", workers=2)
     assert run.returncode == -signal.SIGTERM, run.stderr
     assert read("stopped")["iteration"] == 8
 
     # This validation is repeated and best.pt written, but last.pt only by half.
-    run = stop("SIGKILL", "torch.save", call=2, start="forkserver", workers=1)
+    run = stop("SIGKILL", "torch.save", nth_call=2, start="forkserver", workers=1)
     assert run.returncode == -signal.SIGKILL, run.stderr
     assert read("stopped", "best.pt")["iteration"] == 8
     assert read("stopped")["validated"] == 4
@@ -564,7 +567,7 @@ def test_stopped_and_resumed_is_uninterrupted(uninterrupted):
 
 
 @pytest.mark.skipif(multiprocessing.get_start_method() != "fork",
-                    reason="the workers must have the function that is replaced here")
+                    reason="only forked workers have the function that is replaced here")
 def test_ctrl_c_does_not_stop_the_workers(monkeypatch):
     """In a terminal it reaches every process. Here each worker gets it with every video."""
     read_frames = data.read_frames
@@ -670,7 +673,7 @@ def two_nodes(folder):
 
 
 def test_two_nodes_take_the_steps_of_two_processes(two_nodes):
-    check_by_hand(two_nodes, processes=2, max_norm=math.inf)
+    check_beside_a_plain_loop(two_nodes, processes=2, max_norm=math.inf)
 
 
 def test_two_nodes_score_the_network_that_is_saved(two_nodes):
@@ -685,8 +688,8 @@ def test_two_nodes_score_the_network_that_is_saved(two_nodes):
 def test_killed_under_torchrun_and_restarted_is_uninterrupted(two_nodes):
     """torchrun ends the other process and starts both again; they resume without --resume. Twice
     the second process is killed in its 8th step: in step 8, and in step 14."""
-    stop = "SIGKILL torch.nn.utils.clip_grad_norm_ 8 fork 1"
-    command = f"{stop} {RUN_OF_TWO} --out restarted --workers 2"
+    kill = "SIGKILL torch.nn.utils.clip_grad_norm_ 8 fork 1"
+    command = f"{kill} {RUN_OF_TWO} --out restarted --workers 2"
     run = torchrun(2, "--max-restarts=2", STOPPED, *command.split())
     assert run.returncode == 0, run.stderr
     steps = "\nbatch 8 = 2 processes x 4 clips; 4 steps an epoch, 24 in all, from"
@@ -698,7 +701,8 @@ def test_killed_under_torchrun_and_restarted_is_uninterrupted(two_nodes):
 # ---- what ends a run
 
 
-# The second of two processes meets it in the first step.
+# The error about the video of "odd" that is missing. Of two processes the second meets it, in its
+# first step.
 BROKEN = "odd/train.txt:12: odd/frames/train/gone/img_"
 
 
