@@ -689,7 +689,7 @@ def test_killed_under_torchrun_and_restarted_is_uninterrupted(two_nodes):
     """torchrun ends the other process and starts both again; they resume without --resume. Twice
     the second process is killed in its 8th step: in step 8, and in step 14."""
     kill = "SIGKILL torch.nn.utils.clip_grad_norm_ 8 fork 1"
-    command = f"{kill} {RUN_OF_TWO} --out restarted --workers 2"
+    command = f"{kill} {RUN_OF_TWO} --out restarted --workers 1"
     run = torchrun(2, "--max-restarts=2", STOPPED, *command.split())
     assert run.returncode == 0, run.stderr
     steps = "\nbatch 8 = 2 processes x 4 clips; 4 steps an epoch, 24 in all, from"
