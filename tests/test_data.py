@@ -614,13 +614,15 @@ def test_a_model_blind_to_order_scores_at_most_77_83():
 
 
 def test_a_smaller_toy_is_the_beginning_of_a_larger_one(toy):
-    """Of the same seed. Another seed draws other videos."""
+    """Of the same seed. The default seed, 0, draws other videos."""
     assert call("data", "toy", "smaller", "--videos", 8, "--seed", 3) == 0
     smaller = contents("smaller/frames/train").items()
     assert len(smaller) == 8 * 24
     assert smaller <= contents(toy / "frames/train").items()
     data.draw_toy("other", videos=8)
     assert smaller.isdisjoint(contents("other/frames/train").items())
+    videos = data.VideoList("other", "train")
+    assert [videos.labels(row).tolist() for row in range(8)] == toy_labels(range(8))
 
 
 def test_a_toy_that_is_stopped_leaves_nothing():

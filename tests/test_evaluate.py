@@ -400,6 +400,15 @@ def test_a_bar_is_as_long_as_its_probability():
     assert lengths[0] == pytest.approx(3 * lengths[-1], abs=3)
 
 
+def test_a_picture_names_the_labels():
+    """Of two names of the same letters the pictures differ."""
+    frames = torch.zeros(8, 16, 20, 3, dtype=torch.uint8)
+    picture = evaluate.draw_labels(frames, {"run": 0.75})
+    other = evaluate.draw_labels(frames, {"urn": 0.75})
+    assert picture.size == other.size
+    assert picture.tobytes() != other.tobytes()
+
+
 # ---- networks and their recipes ------------------------------------------------------------------
 
 def test_a_row_overrides_the_defaults_of_evaluation():
