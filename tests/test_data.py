@@ -575,7 +575,7 @@ def test_the_lists_of_the_toy_have_the_labels_of_its_videos(toy):
         assert videos.labels(row).tolist() == labels
 
 
-def test_odd_rows_have_two_motions_and_every_fifth_row_has_a_background():
+def test_odd_rows_have_two_motions_and_each_fifth_a_background():
     """Two motions are on different axes: never left and right."""
     seen = set()
     for row, labels in enumerate(toy_labels(range(200))):
@@ -1085,7 +1085,7 @@ def test_a_folder_made_meanwhile_is_not_replaced():
     assert contents(".") == {"toy/file": b"theirs"}
 
 
-def test_a_character_that_the_console_lacks_becomes_a_question_mark(sound_folder, capsys):
+def test_what_the_console_lacks_becomes_a_question_mark(sound_folder, capsys):
     write("categories.txt", "a\ncrêpes\nc\n")
     sys.stdout.reconfigure(encoding="ascii")
     assert call("data", "check", ".") == 0

@@ -89,7 +89,7 @@ def test_the_metric_refuses(scores, labels, message):
     (32, 116, "3", [(16, 0), (16, 116), (16, 58)]),  # start, end, centre
     (59, 57, "1", [(30, 28)]),  # 29.5 and 28.5, rounded to even as in torchvision
 ])
-def test_three_crops_lie_along_the_long_side_and_one_in_the_centre(right, down, crops, places):
+def test_places_of_three_crops_and_of_one(right, down, crops, places):
     """right, down: how far a crop can move in a frame. A place is (x, y) of its top left corner."""
     assert evaluate.crop_places(right, down, crops, None) == places
 

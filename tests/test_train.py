@@ -175,7 +175,7 @@ def test_image_models_divide_their_rate_after_10_and_20_epochs():
     (8000, 0.199027),               # 0.2 (1 + cos(pi 8000 / 180,000)) / 2
     (90_000, 0.1),                  # half of the cosine
 ])
-def test_slowfasts_rate_warms_up_for_8000_steps_then_follows_a_cosine(step, rate):
+def test_slowfasts_rate_warms_up_then_follows_a_cosine(step, rate):
     """Half the batch takes twice as many steps, at half the rate. (The 1 is the number of steps of
     an epoch, which only milestones need.)"""
     recipe = {**train.RECIPE, **slowfast.RECIPES["r101_8x8"]}
@@ -342,7 +342,7 @@ def default_run(folder, tmp_path_factory):
     return working / "runs" / "tiny"
 
 
-def test_a_log_has_a_line_of_steps_and_one_of_the_validation_for_every_epoch(default_run):
+def test_every_epoch_logs_its_steps_and_its_validation(default_run):
     log = read_log(default_run)
     assert set(log[0]) == {"epoch", "step", "loss", "lr", "grad_norm", "clips_per_s", "data_share"}
     assert set(log[1]) == {"epoch", "step", "val_map"}
