@@ -555,8 +555,8 @@ def find_checkpoint(last, resume, config):
 
 
 def resume(checkpoint, model, optimizer, scaler, total):
-    """Load a checkpoint, even if it was written with another --amp or --channels-last. Returns what
-    to tell the user, of a run of `total` steps."""
+    """Load a checkpoint, even if it was written with another --amp or --channels-last, and return
+    what to tell the user. total: the steps of the whole run."""
     model.load_state_dict(checkpoint["model"])
     fused = optimizer.param_groups[0]["fused"]
     optimizer.load_state_dict(checkpoint["optimizer"])

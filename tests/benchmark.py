@@ -54,13 +54,19 @@ def compare(args, row, work, reference, ours, theirs, threads=THREADS):
 RESNET50 = {"tsn": dict(backbone="resnet50", frames=8), "slowfast": dict(depth=50)}
 
 
-def make_model(args, name):
-    """A network of the report's size for ResNet-50, and its recipe; --tiny: those of the toy."""
+def report_recipe(args, name):
+    """(module, recipe) at the report's size for ResNet-50; --tiny: the toy's row."""
     row = "toy" if args.tiny else None  # None: the first
     pages = (data.RECIPE, evaluate.RECIPE, train.RECIPE)
     module, recipe = evaluate.open_model(name, row, pages)
     if not args.tiny:
         recipe.update(RESNET50.get(name, {}))  # the others' first rows are ResNet-50 with 8 frames
+    return module, recipe
+
+
+def make_model(args, name):
+    """A network and its recipe."""
+    module, recipe = report_recipe(args, name)
     with args.device:  # the first weights are drawn there
         return module.build(recipe, CLASSES), recipe
 
@@ -113,8 +119,8 @@ def keep_memory():
 def compare_clips(args):
     """A training clip, on one core; the reference decodes as many frames."""
     files = sorted(args.videos.folder(0).iterdir())
-    _, image = make_model(args, "tsm")
-    _, video = make_model(args, "slowfast")
+    _, image = report_recipe(args, "tsm")
+    _, video = report_recipe(args, "slowfast")
     for recipe in [image, video, {**video, "draft": True}]:
         clips = data.TrainClips(args.videos, recipe, seed=0)
         side = recipe["crop"]
@@ -310,7 +316,7 @@ def time_loaders(args):
     for workers in [1] if args.tiny else [1, 4, 8, 16]:
         rates = []
         for name in ["tsm", "slowfast"]:
-            _, recipe = make_model(args, name)
+            _, recipe = report_recipe(args, name)
             options = argparse.Namespace(recipe={**recipe, "batch": 4}, seed=0, workers=workers,
                                          skip_broken=False)
             batches = train.load_clips(args.videos, options, start=0, total=turns * workers,

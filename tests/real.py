@@ -94,10 +94,10 @@ def shuffled(make_views):
 def score_shuffled(checkpoint, folder, out):
     """evaluate.py, with shuffled frames. Without --workers 0, each loader process would have a copy
     of the generator, and repeat its orders."""
-    flags = ["--checkpoint", checkpoint, "--data", folder, "--out", out, "--workers", "0"]
+    command = ["evaluate.py", "--checkpoint", checkpoint, "--data", folder, "--out", out,
+               "--workers", "0"]
     make_views = shuffled(evaluate.make_views)
-    with mock.patch("sys.argv", ["evaluate.py", *flags]), \
-            mock.patch("evaluate.make_views", make_views):
+    with mock.patch("sys.argv", command), mock.patch("evaluate.make_views", make_views):
         evaluate.main()
 
 
@@ -206,7 +206,7 @@ def judge(better, worse):
     return "does not hold"
 
 
-def print_claims(*folders):
+def print_claims(folders):
     columns = []
     for out in folders:
         columns += [f"{Path(out).name}, mAP", "verdict"]
@@ -220,24 +220,32 @@ def print_claims(*folders):
         print_row(claim, report, *cells)
 
 
-COMMANDS = {  # a function, and its arguments
-    "lists": (write_lists, "FILMS FOLDER OUT"),
-    "shuffled": (score_shuffled, "CHECKPOINT DATA FILE.npz"),
-    "table": (print_table, "FILMS OUT"),
-    "claims": (print_claims, "OUT ..."),
-}
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("arguments", nargs="+")
+    commands = parser.add_subparsers(dest="command", required=True)
+    lists = commands.add_parser("lists")
+    lists.add_argument("films", choices=GROUPS)
+    lists.add_argument("folder")
+    lists.add_argument("out")
+    shuffled_clips = commands.add_parser("shuffled")
+    shuffled_clips.add_argument("checkpoint")
+    shuffled_clips.add_argument("data")
+    shuffled_clips.add_argument("out")
+    table = commands.add_parser("table")
+    table.add_argument("films", choices=GROUPS)
+    table.add_argument("out")
+    claims = commands.add_parser("claims")
+    claims.add_argument("out", nargs="+")
     args = parser.parse_args()
-    function, names = COMMANDS[args.command]
-    if args.command != "claims" and len(args.arguments) != len(names.split()):
-        parser.error(f"{args.command} {names}: other arguments")
-    function(*args.arguments)
+    if args.command == "lists":
+        write_lists(args.films, args.folder, args.out)
+    elif args.command == "shuffled":
+        score_shuffled(args.checkpoint, args.data, args.out)
+    elif args.command == "table":
+        print_table(args.films, args.out)
+    else:
+        print_claims(args.out)
 
 
 if __name__ == "__main__":
