@@ -4,7 +4,7 @@ the golden figures.
 tests/golden/NETWORK_*.npz hold what the authors' own code answered, but no weights: every tensor of
 their checkpoint is redrawn from (seed, its name, its shape), so that a file in their own layout can
 be made on any machine. metrics.npz holds scores, labels, and what scikit-learn and X-Temporal
-answered; losses.npz holds logits, labels, losses and gradients.
+answered; losses.npz holds logits, labels, losses, and the gradients of two of them.
 """
 import importlib
 import json
@@ -91,10 +91,10 @@ def call(script, *arguments):
     return stop.value.code or 0
 
 
-def python(*arguments, cwd=None, timeout=300, **environ):
+def python(*arguments, cwd=None, **environ):
     """Run `python ARGUMENTS` as a process of its own -> its status, stdout and stderr."""
     command = [sys.executable, *[str(argument) for argument in arguments]]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout,
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300,
                           env={**os.environ, **{key: str(value) for key, value in environ.items()}})
 
 

@@ -35,14 +35,14 @@ def test_the_mean_of_half_precision_scores_is_finer():
 
 
 def test_the_weights_are_those_of_the_best_round():
-    """Each round of the search adds the model that makes the mean best. The first takes A, the
-    first of equals, and the second B: their mean ranks both labels first. A third is no better, so
-    the weights are those after the second."""
+    """Each round of the search adds the model that makes the mean best. Round 1 takes A (the
+    earliest of equals), round 2 takes B: their mean ranks both labels first. Round 3 is no better,
+    so the weights are those after round 2."""
     assert ensemble.fit_weights([A, B, A, C], LABELS, rounds=3).tolist() == [1 / 2, 1 / 2, 0, 0]
 
 
 def naive_greedy(scores, labels, rounds):
-    """A model may be chosen again. The weights are its shares of the choices up to the best."""
+    """A model may be chosen again. Its weight is its share of the choices up to the best round."""
     chosen = []
     best_map = -1
     for _ in range(rounds):

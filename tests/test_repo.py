@@ -1,5 +1,6 @@
 """What can be checked of README: which files need which, its tables and flags, and its commands and
-code, run in small. The whole report runs too: on the toy by laptop.sh, on films by real.sh.
+code, run in small. The whole report runs too: on the toy by laptop.sh, on films by real.sh. Two
+functions of real.py are at the end.
 
     python -m pytest tests/test_repo.py
 
@@ -42,7 +43,8 @@ data evaluate ensemble
 
 
 def test_a_file_needs_these_others_and_downloads_nothing(tmp_path):
-    """For each of them a line: which of them are loaded after it. Nothing else is printed."""
+    """A line for each file: which of these files are loaded once it has been imported. Nothing else
+    is printed."""
     run = python(ROOT / "tests" / "alone.py", *MODELS, "data", "evaluate", "train", "ensemble",
                  PYTHONPATH=ROOT, TORCH_HOME=tmp_path)
     assert (run.returncode, run.stdout, run.stderr) == (0, IMPORTS, "")
@@ -122,8 +124,9 @@ PYSLOWFAST = "--fusion-norm --fc-bias --slow-index linspace"
     (f"--model slowfast --variant slowfast_4x16 --depth 50 {PYSLOWFAST}",
      "slowfast_pyslowfast_4x16_r50"),
 ])
-def test_these_flags_build_the_network_of_a_public_file(flags, cases, monkeypatch):
-    """The flags that the model files' comments name, copied by hand. cases: in tests/golden."""
+def test_these_flags_give_the_options_of_a_golden_case(flags, cases, monkeypatch):
+    """Most are flags that the model files' comments name, copied by hand; cases are those of
+    tests/golden."""
     recipe = parsed(f"--data DATA {flags}", monkeypatch).recipe
     for case in cases.split():
         options = golden_options(case)
@@ -301,18 +304,19 @@ def test_real_sh_runs_and_goes_on_where_it_stopped(tmp_path, capsys):
     assert "\n0 problems\n" in printed
 
     # A label's score is its number of training films: of the four actions 2, 2, 1 and 1, of both
-    # places 3, of both locations 3. Each of the four films of validation has another action.
+    # places 3, of both locations 3. The four films of validation have different actions.
     #   all labels  place and location are two of the four labels at 3: 2/4 each; the action is the
     #               third right one of six or of eight: 3/6 or 3/8. The mean is 47.92.
     #   actions     one of two equals, 1/2, or of four, 1/4; first is always the same: 1 film of 4
-    #   places      one of two equals, 1/2; first is always the same: 2 films of 4; so locations
+    #   places      one of two equals, 1/2; first is always the same: 2 films of 4
+    #   locations   likewise
     assert "| labels' frequencies | 47.92 | 37.50 | 25.00 " + 4 * "| 50.00 " + "|\n" in printed
     [figures] = re.findall(r"\| tsn-clip \|(.*)", printed)
     assert f"| tsn-shuffled |{figures}" in printed  # TSN cannot tell
     assert "| all-fitted |" in printed
 
 
-def test_every_shuffled_clip_has_an_order_of_its_own():
+def test_every_shuffled_video_has_an_order_of_its_own():
     def make_views():
         return [torch.arange(8)[None]]  # one clip at one scale
 

@@ -3,11 +3,12 @@ recipe, and one that is killed and resumed is the uninterrupted run, bit for bit
 
     python -m pytest tests/test_train.py
 
-Whole runs train conftest.TINY for 6 epochs on 32 toy videos in batches of 8: 4 steps an epoch, 24
-in all. Most call train.main in this process, because a new one takes seconds to import torch.
+Whole runs train conftest.TINY on 32 toy videos in batches of 8: 4 steps an epoch and, if no flag
+says otherwise, 6 epochs, so 24 steps. Most call train.main in this process, because a new one takes
+seconds to import torch.
 
-tests/golden/losses.npz holds nine problems, described by its "notes", and their losses and
-gradients in float64.
+tests/golden/losses.npz holds nine problems, described by its "notes", with their losses in float64,
+and the gradients of BCE and LSEP.
 """
 import copy
 import json
@@ -81,13 +82,14 @@ def train_tiny(out, flags=""):
 @pytest.mark.parametrize("loss, logits, labels, expected", [
     ("bce", [0, 0, 0], [0, 1, 0], math.log(2)),  # of each class, so it is their mean
     ("ce", [1, 0, 2], [1, 0, 0], math.log(1 + math.exp(0 - 1) + math.exp(2 - 1))),
-    # the same sum, over all pairs of a label and another class
+    # the same sum, over all pairs of a label and a class that is none
     ("lsep", [1, 0, 2], [1, 0, 1], math.log(1 + math.exp(0 - 1) + math.exp(0 - 2))),
     # The label is at 1 and the margin is 1, so two classes violate it, by 0.5 and 2.
     ("warp", [1, 0.5, 2, -0.5], [1, 0, 0, 0], (1 + 1 / 2) * (0.5 + 2) / 2),
 ])
 def test_losses_by_hand(loss, logits, labels, expected):
-    """Of half-precision logits, as --amp gives them, but in float32; all times loss_scale."""
+    """The logits are in half precision, as --amp gives them. The loss is computed in float32, times
+    loss_scale."""
     recipe = {"loss": loss, "loss_scale": 160.0}
     ours = train.compute_loss(torch.tensor([logits]).half(), torch.tensor([labels]), recipe)
     close(ours, 160 * expected, 1e-6)
@@ -129,8 +131,8 @@ def test_weighted_losses_are_the_golden_ones(number, kind):
 
 
 def test_class_weights_by_hand():
-    """A class weighs its number of videos, divided by the mean number, here 4. One without videos
-    weighs as much as the rarest."""
+    """With "ratio" a class weighs its number of videos, divided by the mean number, here 4. One
+    without videos weighs as much as the rarest."""
     counts = np.array([2, 8, 6, 0])
     close(train.class_weights(counts, "none"), [1, 1, 1, 1], 1e-6)
     close(train.class_weights(counts, "ratio"), [1 / 2, 2, 3 / 2, 1 / 2], 1e-6)
@@ -220,8 +222,9 @@ def drawn_tin():
 
 
 def load_into_tin(tensors, kept=NO_KEY, categories=CLASSES, config=OURS, **values):
-    """Load init.pt, our own checkpoint or without `config` somebody else's, into a new TIN; return
-    what load_init says. All tensors but those that match `kept` must then be the file's."""
+    """Write the tensors to init.pt (as our own checkpoint, or without `config` as somebody else's),
+    load it into a new TIN, and return what load_init says. All tensors but those that match `kept`
+    must then be the file's."""
     torch.save({"model": tensors, "config": config}, "init.pt")
     recipe = {**TIN_RECIPE, **values}
     model = tin.build(recipe, len(categories))
@@ -611,7 +614,7 @@ def test_a_run_goes_on_with_other_flags(uninterrupted, flags, later_flags, toler
 def test_a_finished_run_says_so_and_changes_nothing(uninterrupted, capsys):
     before = contents(uninterrupted)
     last = read(uninterrupted)
-    # The default milestones: a flag gives a list, the recipe holds a tuple, and they are equal.
+    # The default milestones. The row has a tuple, a flag gives a list; train.py makes both a list.
     assert train_tiny(uninterrupted, "--resume --milestones 10 20") == 0
     printed = capsys.readouterr().out
     assert "\nfinished already\n" in printed
@@ -661,7 +664,7 @@ RUN_OF_TWO = f"train.py {RUN} --clip-grad 0 --schedule step --milestones 2 4 --s
 @pytest.fixture(scope="module")
 def two_nodes(folder):
     """The folder of an uninterrupted run of two processes, on two nodes: two torchruns on this
-    machine that share only an address."""
+    machine that share this folder and an address."""
     command = ("--nnodes 2 --local-addr 127.0.0.1 --rdzv-backend c10d --rdzv-endpoint "
                f"127.0.0.1:{free_port()} {RUN_OF_TWO} --out nodes")
     with ThreadPoolExecutor() as pool:
@@ -714,8 +717,8 @@ def test_a_broken_video_is_named_with_its_rank():
 
 
 def test_what_is_odd_about_a_list_is_said(capsys):
-    """--skip-broken names a video that cannot be read. Cross-entropy also prints hit rates; a video
-    without labels, the mAP of the others."""
+    """--skip-broken names a video that cannot be read. With cross-entropy, hit rates are printed
+    too. If a video of validation has no label, the mAP of the others is added."""
     flags = "--data odd --skip-broken --loss ce --class-weight none --epochs 1"
     assert train_tiny("skip", flags) == 0
     printed = capsys.readouterr()
